@@ -1,0 +1,101 @@
+"""All errors of the library.
+
+Each derives from [`BitFitError`] and from the built-in that a caller would catch, so `except ValueError` keeps working.
+A message says what was given, where, why it fails and what to do; several problems of one kind are collected and
+raised once (see [`collect`]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class BitFitError(Exception):
+    """Root of all errors raised by `bitfit_hf`."""
+
+
+class UnknownTermError(BitFitError, ValueError):
+    """`bias_terms` names a term that does not exist."""
+
+
+class NoBiasesError(BitFitError, ValueError):
+    """The model, or the part of it that was asked for, has no bias to tune."""
+
+
+class NoMatchError(BitFitError, ValueError):
+    """`target_modules`, `exclude_modules`, `layers_to_transform` or `modules_to_save` match nothing."""
+
+
+class UnknownHeadError(BitFitError, ValueError):
+    """It is not known which modules of this model class are the new task head."""
+
+
+class UnsupportedLayerError(BitFitError, TypeError):
+    """A layer cannot be tuned, or not in the way that was asked for."""
+
+
+class MergeError(BitFitError, ValueError):
+    """A delta cannot be merged into the base model's own weights."""
+
+
+class AdapterNameError(BitFitError, ValueError):
+    """An adapter name is unknown, taken, or does not fit the batch."""
+
+
+class ConfigError(BitFitError, ValueError):
+    """A configuration holds a value of the wrong type or kind."""
+
+
+class DeltaFormatError(BitFitError, ValueError):
+    """A delta's files are damaged, incomplete, of two different saves, or not a BitFit delta at all."""
+
+
+class DeltaNotFoundError(BitFitError, FileNotFoundError):
+    """There is no delta in this folder or Hub repo."""
+
+
+class DeltaIOError(BitFitError, OSError):
+    """A delta could not be read from or written to disk or the Hub (permissions, full disk, network)."""
+
+
+class DeltaMismatchError(BitFitError, ValueError):
+    """A delta's tensors do not fit the model (missing, extra or of another shape)."""
+
+
+class BaseModelMismatchError(BitFitError, ValueError):
+    """A delta is being used with a checkpoint other than the one it was trained on."""
+
+
+class TrainerSetupError(BitFitError, RuntimeError):
+    """A Trainer is set up in a way in which it would not train the deltas and the head, and them alone."""
+
+
+class OptimizerError(BitFitError, ValueError):
+    """An optimizer cannot hold BitFit's parameter groups."""
+
+
+class PushError(BitFitError, OSError):
+    """A push to the Hub was refused or failed; nothing was overwritten."""
+
+
+class TaskBankError(BitFitError, ValueError):
+    """A request to a [`TaskBank`] cannot be answered; the bank is as it was."""
+
+
+class RegistrationError(BitFitError, RuntimeError):
+    """The installed `peft` or `transformers` cannot take the `BITFIT` method."""
+
+
+def collect(problems: Iterable[str], *, limit: int = 8) -> str:
+    """Joins the `problems` of one kind into the body of one message, and says how many more there are.
+
+    Args:
+        problems (`Iterable[str]`): One line each.
+        limit (`int`, *optional*, defaults to 8): How many are spelled out.
+
+    Returns:
+        `str`: The lines, each indented behind a dash.
+    """
+    lines = list(problems)
+    shown = "".join(f"\n  - {line}" for line in lines[:limit])
+    return shown + (f"\n  - and {len(lines) - limit} more" if len(lines) > limit else "")
