@@ -1,0 +1,50 @@
+# The few commands of this project; CI runs the same. Everything happens in .venv, created from $(PYTHON) with pip alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# More options for the recipe: make quickstart ARGS="--task rte --data_dir path/to/rte"
+ARGS ?=
+
+.PHONY: help quickstart test test-slow quality style clean
+
+help:
+	@echo "make quickstart   train two generated tasks on a real MiniLM, offline (ARGS=... are passed to recipes/quickstart.py)"
+	@echo "make test         the tests, without the slow ones"
+	@echo "make test-slow    the slow ones"
+	@echo "make quality      ruff check, ruff format --check, mypy"
+	@echo "make style        let ruff fix and format"
+	@echo "make clean        remove the virtual environment and caches"
+
+# One stamp per set of extras: an install is repeated only when what it was made from has changed.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e ".[demo,recipes]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+quickstart: $(VENV)/.demo
+	$(BIN)/python recipes/quickstart.py $(ARGS)
+
+# One thread per test process: the tests' models are small, and two processes share the cores better than their threads do.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
