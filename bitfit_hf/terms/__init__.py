@@ -1,0 +1,17 @@
+"""The paper's bias terms, and where they live in an architecture."""
+
+from .heads import head_modules
+from .selection import Bias, find_biases, select_biases, unknown_vectors
+from .vocabulary import SYMBOLS, TERMS, resolve_terms
+
+
+__all__ = [
+    "SYMBOLS",
+    "TERMS",
+    "Bias",
+    "find_biases",
+    "head_modules",
+    "resolve_terms",
+    "select_biases",
+    "unknown_vectors",
+]

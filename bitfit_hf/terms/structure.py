@@ -1,0 +1,124 @@
+"""Walking a model under its stock names, whatever has been wrapped around or injected into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+# Attributes under which a wrapper keeps the module it stands in for: torch.compile, FSDP, activation checkpointing.
+_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+# Quantised linears that are not subclasses of nn.Linear everywhere, by type name so that none has to be installed.
+_QUANTISED_LINEARS = frozenset(
+    {"Linear8bitLt", "Linear4bit", "HQQLinear", "EetqLinear", "FP8Linear", "FbgemmFp8Linear", "QuantLinear"}
+    | {"TorchQuantLinear", "WQLinear_GEMM", "WQLinear_GEMV", "BitLinear", "QLinear", "VQuantLinear"}
+)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+)
+# Models bring norm classes of their own (LlamaRMSNorm, T5LayerNorm, DebertaLayerNorm, ...).
+_NORM_NAME = re.compile(r"Norm(\dd)?$")
+
+LINEAR, CONVOLUTION, NORM, MULTIHEAD = "linear", "convolution", "norm", "multihead"
+
+
+def stock_module(module: nn.Module) -> nn.Module:
+    """The module of the stock model that `module` is or stands in for.
+
+    Looks through PEFT layers, PEFT's wrappers of saved modules, `torch.compile`, FSDP and activation checkpointing.
+    """
+    while True:
+        children = module._modules
+        if isinstance(module, BaseTunerLayer) and children.get("base_layer") is not None:
+            inner = children["base_layer"]
+        elif "original_module" in children:  # ModulesToSaveWrapper and its siblings
+            inner = children["original_module"]
+        else:
+            inner = next((children[name] for name in _TRANSPARENT if children.get(name) is not None), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def stock_root(model: nn.Module) -> nn.Module:
+    """The stock model inside a `PeftModel`, a PEFT tuner, DDP, or any wrapper that [`stock_module`] knows."""
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    while True:
+        model = stock_module(model)
+        if isinstance(model, PeftModel):
+            model = model.base_model
+        elif isinstance(model, BaseTuner):
+            model = model.model
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields `(stock path, stock module)` for every module of the stock model `model`, in definition order.
+
+    Unlike `named_modules`, a module that is registered in several places is yielded at each of them.
+    """
+    model = stock_module(model)
+    yield path, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Which known kind of module this is: one whose `bias` is added to its output; `None` for all others."""
+    if isinstance(module, nn.MultiheadAttention):
+        return MULTIHEAD
+    if isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in _QUANTISED_LINEARS:
+        return LINEAR
+    if isinstance(module, _CONVOLUTIONS):
+        return CONVOLUTION
+    if isinstance(module, _NORMS):
+        return NORM
+    if _NORM_NAME.search(type(module).__name__):
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is not None and len(shape_of(weight)) == 1 and (bias is None or shape_of(bias) == shape_of(weight)):
+            return NORM
+    return None
+
+
+def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The full shape of a parameter, also of one that DeepSpeed ZeRO-3 has partitioned away."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def out_features(module: nn.Module, kind: str) -> int | None:
+    """The length that the bias of `module` has or would have; `None` where the module does not say."""
+    if kind == NORM:
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            return shape_of(weight)[0] if len(shape_of(weight)) == 1 else None
+        return None
+    size = getattr(module, "nf", None) if isinstance(module, Conv1D) else getattr(module, "out_features", None)
+    return size if isinstance(size, int) else None
+
+
+def own_bias(module: nn.Module, kind: str) -> torch.Tensor | None:
+    """The bias vector of a module of a known kind, `None` if it has none."""
+    bias = module._parameters.get("in_proj_bias" if kind == MULTIHEAD else "bias")
+    if bias is None and kind == LINEAR:
+        # Some quantised linears (GPTQ, AWQ) keep their bias as a buffer.
+        bias = module._buffers.get("bias")
+    return bias if bias is not None and len(shape_of(bias)) == 1 else None
