@@ -1,0 +1,18 @@
+"""BitFit for the Hugging Face stack: train only the biases, share, load and serve the deltas.
+
+Importing this package registers the method `BITFIT` with PEFT and does nothing else.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0.dev0"
+
+from .config import BitFitConfig
+from .errors import *  # noqa: F403
+from .fingerprint import base_mismatch
+from .tuner import BitFitLayer, BitFitModel
+from .tuner.registration import register
+
+__all__ = ["BitFitConfig", "BitFitLayer", "BitFitModel", "base_mismatch"]
+
+register()

@@ -1,0 +1,237 @@
+"""What to train: [`BitFitConfig`], a [`~peft.PeftConfig`]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peft import PeftConfig
+
+from .errors import ConfigError, collect
+from .terms import resolve_terms
+
+
+class BitFitPeftType(str, Enum):
+    """The method's name in PEFT's mappings.
+
+    PEFT's own `PeftType` is a closed enum. A member of another `str` enum hashes and compares like the plain string, so
+    PEFT finds it in its mappings, and has the `.value` that transformers reads.
+    """
+
+    BITFIT = "BITFIT"
+
+
+@dataclass
+class BitFitConfig(PeftConfig):
+    r"""
+    Configuration of bias-only fine-tuning: BitFit (Ben Zaken, Ravfogel and Goldberg, ACL 2022).
+
+    The tuned quantity is the delta `δ = b_F − b_0` of each selected bias, a float32 parameter that starts at zero, and
+    the task head, which is trained whole. Everything else stays frozen.
+
+    Args:
+        task_type (`str` or [`~peft.TaskType`], *optional*):
+            PEFT's name of the task. Read off the model's class when not given.
+        bias_terms (`str` or `list[str]`, *optional*, defaults to `"all"`):
+            Which of the paper's bias terms to tune: `"all"`, one term or a list of `query`, `key`, `value`,
+            `attention_output`, `attention_layernorm`, `intermediate`, `output`, `output_layernorm`,
+            `embedding_layernorm`, `pooler`, `lm_head`, `other`; the paper's symbols (`b_q`, `b_k`, `b_v`, `b_m1`,
+            `b_LN1`, `b_m2`, `b_m3`, `b_LN2`) are aliases. `"query+intermediate"` is the paper's half-size subset
+            (Table 3).
+        target_modules (`str` or `list[str]`, *optional*):
+            Narrows the terms to these modules. A list holds module paths or their last components, a string is a
+            regular expression that has to match the whole path.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Takes these modules out again; matched like `target_modules`.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            Narrows the terms to these layers, counted from 0 in each stack.
+        modules_to_save (`list[str]`, *optional*):
+            Modules to train and save whole beside the task head, which is found by itself. After injection this holds
+            the full list of the head's leaf modules.
+        add_missing_biases (`bool`, *optional*, defaults to `False`):
+            Gives each targeted projection that has no bias one at exactly zero (Llama, T5, …). Norms and LM heads get
+            one only when their term is named.
+        num_labels (`int`, *optional*), id2label (`dict[int, str]`, *optional*), problem_type (`str`, *optional*):
+            Shape and label names of the head. Taken from the model when training; restored on the model when loading.
+        base_fingerprint (`dict`, *optional*):
+            What identifies the checkpoint that the delta belongs to; filled in at injection.
+        weights_digest (`str`, *optional*):
+            SHA-256 over the tensors saved with this configuration; ties the two files of one save together.
+        bitfit_version (`str`, *optional*): Version of `bitfit_hf` that wrote the configuration.
+
+    Raises:
+        [`UnknownTermError`]: `bias_terms` names a term that does not exist.
+        [`ConfigError`]: A value has the wrong type; all such values are named at once.
+
+    Example:
+
+    ```python
+    >>> from bitfit_hf import BitFitConfig
+
+    >>> BitFitConfig(bias_terms=["b_q", "b_m2"]).bias_terms
+    ['query', 'intermediate']
+    ```
+    """
+
+    bias_terms: str | Sequence[str] = field(
+        default="all", metadata={"help": "Which bias terms to tune: 'all', a preset, one term or a list of terms."}
+    )
+    target_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Narrows the terms to modules with these names, or matching this regex."}
+    )
+    exclude_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Leaves out modules with these names, or matching this regex."}
+    )
+    layers_to_transform: int | list[int] | None = field(
+        default=None, metadata={"help": "Narrows the terms to these layers, counted from 0."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole beside the task head, which is found by itself."}
+    )
+    add_missing_biases: bool = field(
+        default=False, metadata={"help": "Gives targeted projections without a bias one that starts at zero."}
+    )
+    num_labels: int | None = field(default=None, metadata={"help": "Number of labels of the head."})
+    id2label: dict[int, str] | None = field(default=None, metadata={"help": "Label names of the head."})
+    problem_type: str | None = field(default=None, metadata={"help": "transformers' problem type of the head."})
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Identifies the checkpoint that the delta belongs to."}
+    )
+    weights_digest: str | None = field(
+        default=None, metadata={"help": "SHA-256 over the tensors that were saved with this configuration."}
+    )
+    bitfit_version: str | None = field(default=None, metadata={"help": "Version of bitfit_hf that wrote this."})
+
+    def __post_init__(self) -> None:
+        # PEFT's own check runs `task_type not in list(TaskType)`, which is fine for any type of value.
+        super().__post_init__()
+        self.peft_type = BitFitPeftType.BITFIT
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+        if isinstance(self.layers_to_transform, (set, tuple, range)):
+            self.layers_to_transform = list(self.layers_to_transform)
+        problems = [problem for name, check in _CHECKS.items() if (problem := check(name, getattr(self, name)))]
+        if problems:
+            raise ConfigError(f"BitFitConfig (adapter_config.json) holds values of the wrong type:{collect(problems)}")
+        self.bias_terms = _canonical(self.bias_terms)
+        if self.id2label is not None:  # JSON turns the keys into strings
+            self.id2label = {int(index): label for index, label in self.id2label.items()}
+        self._check_labels()
+        # `get_peft_model` and `add_adapter` overwrite the name with the path that the model was loaded from. A name
+        # that the user gave, or that came with a delta, wins over it.
+        self._given_base = self.base_model_name_or_path
+        self._digest_of_last_state: str | None = None
+
+    def _check_labels(self) -> None:
+        if self.id2label is None:
+            return
+        if self.num_labels is None:
+            self.num_labels = len(self.id2label)
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ConfigError(
+                f"`id2label` names the labels {sorted(self.id2label)[:8]} but `num_labels` is {self.num_labels}; "
+                f"name each of 0 to {self.num_labels - 1} once."
+            )
+
+    def restore_given_base(self) -> None:
+        """Puts back the base's name that the user gave, if there was one."""
+        if self._given_base:
+            self.base_model_name_or_path = self._given_base
+
+    # --- the life of a configuration ---
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it was read from a file whose tensors are still to be loaded."""
+        return self.bitfit_version is not None
+
+    def loaded(self) -> None:
+        """Called when the tensors that belong to the configuration are in the model; from now on they may change."""
+        self.bitfit_version = None
+        self.weights_digest = None
+
+    def new(self) -> None:
+        """Makes the configuration of an existing adapter that of a new one on the same base."""
+        self.loaded()
+        self._digest_of_last_state = None
+
+    def about_to_save(self, digest: str) -> None:
+        """Called with the digest of the tensors of a state dict; a configuration saved next belongs to them."""
+        self._digest_of_last_state = digest
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is written to `adapter_config.json`."""
+        from . import __version__
+
+        values: dict[str, Any] = super().to_dict()
+        values["bitfit_version"] = __version__
+        if self._digest_of_last_state is not None:
+            values["weights_digest"] = self._digest_of_last_state
+        return values
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Hook of PEFT for values read from a file: they are untrusted, so the file's base name is a plain value."""
+        name = kwargs.get("base_model_name_or_path")
+        if name is not None and not isinstance(name, str):
+            raise ConfigError(f"adapter_config.json: `base_model_name_or_path` must be a string, got {name!r}.")
+        return super().check_kwargs(**kwargs)
+
+
+def _canonical(bias_terms: str | Sequence[str]) -> str | list[str]:
+    """Terms with aliases resolved; `"all"` stays `"all"` so that the file says what the user said."""
+    terms = resolve_terms(bias_terms)
+    return "all" if bias_terms == "all" else list(terms)
+
+
+def _kind(expected: str, accepts: Callable[[Any], bool]) -> Callable[[str, Any], str | None]:
+    def check(name: str, value: Any) -> str | None:
+        if value is None or accepts(value):
+            return None
+        return f"`{name}` must be {expected}, got {value!r:.80} ({type(value).__name__})"
+
+    return check
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_label_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        (_is_int(index) or (isinstance(index, str) and index.isdecimal())) and isinstance(label, str)
+        for index, label in value.items()
+    )
+
+
+_NAMES = _kind("a string (a regular expression) or a list of strings", lambda v: isinstance(v, str) or _strings(v))
+_TEXT = _kind("a string", lambda v: isinstance(v, str))
+_CHECKS: dict[str, Callable[[str, Any], str | None]] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "modules_to_save": _kind("a list of strings", _strings),
+    "layers_to_transform": _kind(
+        "an integer or a list of integers", lambda v: _is_int(v) or (isinstance(v, list) and all(map(_is_int, v)))
+    ),
+    "add_missing_biases": _kind("a boolean", lambda v: isinstance(v, bool)),
+    "inference_mode": _kind("a boolean", lambda v: isinstance(v, bool)),
+    "base_model_name_or_path": _TEXT,
+    "revision": _TEXT,
+    "num_labels": _kind("a positive integer", lambda v: _is_int(v) and v > 0),
+    "id2label": _kind("a mapping of label numbers to names", _is_label_map),
+    "problem_type": _kind(
+        "one of regression, single_label_classification, multi_label_classification",
+        lambda v: v in ("regression", "single_label_classification", "multi_label_classification"),
+    ),
+    "base_fingerprint": _kind("a mapping", lambda v: isinstance(v, dict)),
+    "weights_digest": _TEXT,
+    "bitfit_version": _TEXT,
+}

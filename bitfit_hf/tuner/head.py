@@ -1,0 +1,224 @@
+"""[`BitFitHead`]: one leaf module of the task head, trained whole and in float32, one copy per adapter."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import DeltaMismatchError, UnsupportedLayerError
+from .layer import BASE
+from .precision import Float32ModuleDict
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the head's outputs mean.
+
+    Args:
+        num_labels (`int`): Size of the head's last dimension.
+        id2label (`dict[int, str]`): Their names.
+        problem_type (`str`, *optional*): transformers' name of the loss: `regression`, ….
+    """
+
+    num_labels: int
+    id2label: dict[int, str]
+    problem_type: str | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Labels:
+        """The labels that `model` has at present."""
+        config = model.config
+        return cls(config.num_labels, dict(config.id2label), getattr(config, "problem_type", None))
+
+    def give_to(self, model: PreTrainedModel) -> None:
+        """Makes `model` answer with these labels."""
+        config = model.config
+        config.num_labels = self.num_labels  # resets the names, so it comes first
+        config.id2label = dict(self.id2label)
+        config.label2id = {name: index for index, name in self.id2label.items()}
+        config.problem_type = self.problem_type
+        if "num_labels" in vars(model):
+            model.num_labels = self.num_labels
+
+
+class BitFitHead(ModulesToSaveWrapper):
+    """
+    PEFT's wrapper for a module that is trained whole, with what bias tuning needs beside it.
+
+    The copies are float32 whatever the base's dtype, stay so when the model is cast, and cast their input. An adapter
+    may have another number of labels than the model's own head. The leaf that makes the logits carries the label names
+    of every adapter and hands them to the model's config as adapters are switched, through whichever of PEFT's or
+    transformers' entry points.
+    """
+
+    def __init__(self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None) -> None:
+        self._labels: dict[str, Labels] = {}
+        self._label_owner: tuple[PreTrainedModel, Labels] | None = None
+        # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
+
+    def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
+        self.modules_to_save = Float32ModuleDict()
+
+    def update(self, adapter_name: str, num_labels: int | None = None, **kwargs: Any) -> None:
+        """Adds `adapter_name`'s copy of the module; `num_labels` rebuilds it with that many outputs."""
+        if adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = _float32_copy(self.original_module, num_labels)
+        super().update(adapter_name, **kwargs)
+
+    def forget(self, adapter_name: str) -> None:
+        """Removes an adapter without a word, as if it never was there."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+        self._adapters.discard(adapter_name)
+        self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+        self._labels.pop(adapter_name, None)
+        self._follow()
+
+    def serves_any(self) -> bool:
+        """Whether there is an adapter left."""
+        return len(self.modules_to_save) > 0
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Empty: [`load_tensors`] writes the head, PEFT's own loop ends in a bare `KeyError` where a tensor is missing."""
+        return {}
+
+    # --- labels ---
+
+    def carry_labels(self, model: PreTrainedModel, adapter_name: str, labels: Labels) -> None:
+        """Makes this the leaf that keeps the model's label names in step with the active adapter.
+
+        Args:
+            model ([`~transformers.PreTrainedModel`]): Whose config follows.
+            adapter_name (`str`): The adapter that `labels` belong to.
+            labels ([`Labels`]): Its labels.
+        """
+        if self._label_owner is None:
+            # In a tuple, so that `nn.Module` does not register the model as a child of its own head.
+            self._label_owner = (model, Labels.of(model))
+        self._labels[adapter_name] = labels
+        self._follow()
+
+    def labels_of(self, adapter_name: str) -> Labels | None:
+        """The labels of one adapter, if this leaf carries them."""
+        return self._labels.get(adapter_name)
+
+    def _follow(self) -> None:
+        if self._label_owner is None:
+            return
+        model, own = self._label_owner
+        active = [] if self.disable_adapters else self.active_adapters
+        labels = self._labels.get(active[0], own) if active else own
+        if Labels.of(model) != labels:
+            labels.give_to(model)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._follow()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._follow()
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        super().delete_adapter(adapter_name, new_active_adapters)
+        self._labels.pop(adapter_name, None)
+        self._follow()
+
+    # --- forward ---
+
+    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.active_adapters:
+            return self._forward_wrapped_passthrough(*args, **kwargs)
+        return self.modules_to_save[self.active_adapters[0]](*map(_float32, args), **kwargs)
+
+    def _mixed_batch_forward(self, input: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
+        # PEFT's version takes Linear, Embedding and Conv only, and stacks whatever it gets.
+        factor, rest = divmod(input.shape[0], len(adapter_names))
+        if rest or not factor:
+            raise UnsupportedLayerError(
+                f"The head gets {input.shape[0]} rows for a batch of {len(adapter_names)} examples, so `adapter_names` "
+                "cannot be applied per example. Use `bitfit_hf.TaskBank`."
+            )
+        rows = [name for name in adapter_names for _ in range(factor)]
+        outputs: list[torch.Tensor | None] = [None] * len(rows)
+        for name in dict.fromkeys(rows):
+            where = [i for i, other in enumerate(rows) if other == name]
+            if name == BASE or name not in self.modules_to_save:
+                part = self.original_module(input[where], *args, **kwargs).to(torch.float32)
+            else:
+                part = self.modules_to_save[name](_float32(input[where]), *args, **kwargs)
+            for i, row in zip(where, part, strict=True):
+                outputs[i] = row
+        widths = {tuple(row.shape) for row in outputs if row is not None}
+        if len(widths) > 1:
+            raise UnsupportedLayerError(
+                "The adapters in this batch have heads of different sizes "
+                f"({', '.join(str(width[-1]) for width in sorted(widths))} outputs), which one tensor of logits cannot "
+                "hold. Use `bitfit_hf.TaskBank`, which answers each example in its own task's shape."
+            )
+        return torch.stack(outputs)  # type: ignore[arg-type]
+
+    # --- unloading ---
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """PEFT's hook: the tuned head in the base's dtype when merging, else the base's own head."""
+        names = self.active_adapters if adapter_names is None else [n for n in adapter_names if n in self._adapters]
+        if not merge or not names:
+            self._active_adapter = []
+            self._follow()
+            return self.original_module
+        module = self.modules_to_save[names[0]]
+        dtype = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), torch.float32)
+        return module.to(dtype)
+
+
+def _float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
+    if num_labels is None or num_labels == output_size(module):
+        clone = copy.deepcopy(module).float()
+    elif isinstance(module, (nn.Linear, Conv1D)):
+        clone = _resized(module, num_labels)
+    else:
+        raise DeltaMismatchError(
+            f"The adapter has {num_labels} labels, but the model's head ends in a {type(module).__name__} of "
+            f"{output_size(module)} outputs, which cannot be rebuilt. Load the base with `num_labels={num_labels}`."
+        )
+    return clone.requires_grad_(False)
+
+
+def _resized(module: nn.Linear | Conv1D, num_labels: int) -> nn.Module:
+    weight = module.weight
+    inputs = module.in_features if isinstance(module, nn.Linear) else weight.shape[0]
+    if isinstance(module, Conv1D):
+        return Conv1D(num_labels, inputs).to(weight.device)
+    clone = nn.Linear(inputs, num_labels, bias=module.bias is not None, device=weight.device, dtype=torch.float32)
+    # transformers' own initialisation of a new head; a loaded delta overwrites it.
+    nn.init.normal_(clone.weight, std=0.02)
+    if clone.bias is not None:
+        nn.init.zeros_(clone.bias)
+    return clone
+
+
+def output_size(module: nn.Module) -> int | None:
+    """How many outputs the leaf module has, where its kind says so."""
+    if isinstance(module, Conv1D):
+        return module.nf
+    for attribute in ("out_features", "out_channels"):
+        if hasattr(module, attribute):
+            return getattr(module, attribute)
+    return None
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.to(torch.float32)
+    return value

@@ -1,0 +1,404 @@
+"""[`BitFitLayer`]: a layer of the base model together with the deltas of its biases, one per adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ..errors import AdapterNameError, MergeError, UnsupportedLayerError
+from ..terms import Bias
+from .precision import Float32ParameterDict
+from .reading import install, stock_class, uninstall
+
+PREFIX = "bitfit_"
+BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+# Layers that add their bias along the second dimension of their output; most add it along the last.
+_CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+class BitFitLayer(nn.Module, BaseTunerLayer):
+    r"""
+    Wraps a layer of any kind and lets it compute with `b_0 + Σ δ` over its active adapters.
+
+    The deltas are float32 parameters `bitfit_<parameter>.<adapter>` that start at zero, `bitfit_bias.default` for a
+    Linear. `b_0 + δ` is formed in float32 and cast once to the dtype of `b_0` (of the weight where the layer has no
+    bias), then read by the layer's own code, see [`bitfit_hf.tuner.reading`].
+
+    Args:
+        base_layer (`nn.Module`): The layer to tune.
+        parameters (`Sequence[str]`): Names of its bias parameters that may be tuned.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameters: Sequence[str]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bias_parameters = tuple(parameters)
+        self.adapter_layer_names = tuple(PREFIX + name for name in self.bias_parameters)
+        for name in self.adapter_layer_names:
+            setattr(self, name, Float32ParameterDict())
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._stored: dict[str, torch.Tensor | None] = {}  # the base's biases while adapters are merged into them
+        self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
+        self._mixed = False
+        self._led: tuple[nn.Module, ...] = ()
+        self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
+        if not self._adds_to_output:
+            install(base_layer, self.bias_parameters, owner=self)
+
+    # --- adapters ---
+
+    def update_layer(self, adapter_name: str, biases: Sequence[Bias], *, inference_mode: bool = False) -> None:
+        """Adds an adapter whose deltas, at zero, cover `biases` (the terms of this layer that were selected).
+
+        Args:
+            adapter_name (`str`): Name of the new adapter.
+            biases (`Sequence[Bias]`): What to tune in this layer. Several terms of one fused vector make one delta.
+            inference_mode (`bool`, *optional*, defaults to `False`): Leaves the deltas frozen.
+        """
+        for parameter in self.bias_parameters:
+            chosen = [bias for bias in biases if bias.parameter == parameter]
+            if chosen:
+                index = span_index(chosen)
+                shape = chosen[0].shape if index is None else (index.numel(),)
+                self._deltas(parameter)[adapter_name] = nn.Parameter(
+                    torch.zeros(shape, dtype=torch.float32, device=self.device_of_base)
+                )
+                if index is not None:
+                    self.register_buffer(_index_name(parameter, adapter_name), index.to(self.device_of_base), False)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for parameter in self.bias_parameters:
+            self._buffers.pop(_index_name(parameter, adapter_name), None)
+
+    def forget(self, adapter_name: str) -> None:
+        """Removes an adapter without a word, as if it never was there."""
+        for parameter in self.bias_parameters:
+            self._deltas(parameter).pop(adapter_name, None)
+            self._buffers.pop(_index_name(parameter, adapter_name), None)
+        self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
+
+    def serves_any(self) -> bool:
+        """Whether there is an adapter left."""
+        return any(len(self._deltas(parameter)) for parameter in self.bias_parameters)
+
+    def lead(self, leaves: Sequence[nn.Module]) -> None:
+        """Makes this layer the one that switches the head's leaves on and off with itself.
+
+        transformers' `enable_adapters` knows the tuner's layers only, and would leave the head switched off.
+        """
+        self._led = tuple(leaves)  # in a tuple, so that they do not become children of this layer
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        for leaf in self._led:
+            leaf.enable_adapters(enabled)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether `adapter_name` tunes anything in this layer."""
+        return any(adapter_name in self._deltas(parameter) for parameter in self.bias_parameters)
+
+    def _deltas(self, parameter: str) -> Float32ParameterDict:
+        return getattr(self, PREFIX + parameter)
+
+    def _index(self, parameter: str, adapter_name: str) -> torch.Tensor | None:
+        return self._buffers.get(_index_name(parameter, adapter_name))
+
+    def _stored_bias(self, parameter: str) -> torch.Tensor | None:
+        return self.base_layer._parameters.get(parameter)
+
+    @property
+    def device_of_base(self) -> torch.device:
+        """Where the deltas belong."""
+        for tensor in self.base_layer.parameters():
+            return tensor.device
+        return torch.device("cpu")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the base's dtype.
+        target = self.device_of_base if device is None else device
+        for parameter in self.bias_parameters:
+            deltas = self._deltas(parameter)
+            if adapter_name in deltas and deltas[adapter_name].device.type != "meta":
+                deltas[adapter_name].data = deltas[adapter_name].data.to(target)
+
+    # --- the effective bias ---
+
+    @property
+    def _in_use(self) -> Sequence[str]:
+        if self._only is not None:
+            return self._only
+        return () if self._disable_adapters or self.merged else self.active_adapters
+
+    def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
+        """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
+        if self._mixed and self._only is None:
+            raise UnsupportedLayerError(
+                f"The `{parameter}` of a {stock_class(self.base_layer).__name__} layer is read by other code than the "
+                "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
+                "`bitfit_hf.TaskBank`."
+            )
+        deltas = self._deltas(parameter)
+        names = [name for name in self._in_use if name in deltas]
+        if not names:
+            return base
+        return self._sum(parameter, base, names)
+
+    def _sum(self, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> torch.Tensor:
+        deltas = self._deltas(parameter)
+        if base is None:
+            dtype = _compute_dtype(self.base_layer)
+            total = None
+        else:
+            dtype = base.dtype
+            total = base.to(torch.promote_types(dtype, torch.float32))
+        for name in names:
+            delta, index = deltas[name], self._index(parameter, name)
+            if index is not None:
+                if total is None:
+                    total = torch.zeros(_out_features(self.base_layer), dtype=torch.float32, device=delta.device)
+                total = total.flatten().index_add(0, index, delta.to(total.dtype)).view_as(total)
+            else:
+                total = delta if total is None else total + delta
+        assert total is not None  # `names` is never empty
+        return total.to(dtype)
+
+    # --- forward ---
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is not None:
+            return self._mixed_forward(adapter_names, *args, **kwargs)
+        result = self.base_layer(*args, **kwargs)
+        return self._add_to_output(result) if self._adds_to_output else result
+
+    def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
+        for parameter in self.bias_parameters:
+            names = [name for name in self._in_use if name in self._deltas(parameter)]
+            if names:
+                result = result + self._sum(parameter, None, names).to(result.dtype)
+        return result
+
+    @contextmanager
+    def _using(self, *names: str) -> Iterator[None]:
+        self._only = tuple(name for name in names if name != BASE)
+        try:
+            yield
+        finally:
+            self._only = None
+
+    def _mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """One forward pass in which example `i` of the batch is computed with adapter `adapter_names[i]`."""
+        if self._disable_adapters:
+            with self._using():
+                return self.base_layer(*args, **kwargs)
+        axis = channel_axis(self.base_layer)
+        if axis is None or self.bias_parameters != ("bias",):
+            return self._mixed_by_row(adapter_names, *args, **kwargs)
+        with self._using():
+            result = self.base_layer(*args, **kwargs)
+        rows = self._delta_rows(adapter_names, result)
+        shape = [1] * result.dim()
+        shape[0], shape[axis] = rows.shape[0], rows.shape[1]
+        return (result + rows.view(shape)).to(result.dtype)
+
+    def _delta_rows(self, adapter_names: Sequence[str], result: torch.Tensor) -> torch.Tensor:
+        """The examples' deltas, `(rows of result, channels)`, float32."""
+        base = self._stored_bias("bias")
+        width = _out_features(self.base_layer) if base is None else base.numel()
+        zero = torch.zeros(width, dtype=torch.float32, device=result.device)
+        names = list(dict.fromkeys(adapter_names))
+        table = torch.stack([self._dense_delta(name, zero) for name in names])
+        picked = table[torch.tensor([names.index(name) for name in adapter_names], device=result.device)]
+        if result.shape[0] != len(adapter_names):
+            # Image patches, choices or experts folded into the batch dimension, the example outermost.
+            picked = picked.repeat_interleave(_fold(result.shape[0], len(adapter_names), self.base_layer), dim=0)
+        return picked
+
+    def _dense_delta(self, name: str, zero: torch.Tensor) -> torch.Tensor:
+        deltas = self._deltas("bias")
+        if name not in deltas:
+            return zero
+        index = self._index("bias", name)
+        return deltas[name] if index is None else zero.index_add(0, index, deltas[name])
+
+    def _mixed_by_row(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """For layers that use their bias inside: runs the batch once per adapter and keeps each example's rows."""
+        results = {}
+        for name in dict.fromkeys(adapter_names):
+            with self._using(name):
+                output = self.base_layer(*args, **kwargs)
+                results[name] = self._add_to_output(output) if self._adds_to_output else output
+        return _pick_rows(results, adapter_names, self.base_layer)
+
+    # --- merging ---
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes `b_0 + Σ δ` into the base's stored bias, and keeps `b_0` aside for [`~BitFitLayer.unmerge`].
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Refuses a result with NaN or Inf.
+            adapter_names (`list[str]`, *optional*): What to merge; the active adapters by default.
+
+        Raises:
+            [`MergeError`]: The result is not finite, or the layer has no place for a bias.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+        if not names:
+            return
+        if self._adds_to_output:
+            raise MergeError(
+                f"A {stock_class(self.base_layer).__name__} layer computes without a bias, so the one that "
+                "`add_missing_biases=True` gave it cannot be merged. Keep the delta separate."
+            )
+        merged = {}
+        for parameter in self.bias_parameters:
+            base = self._stored.get(parameter, self._stored_bias(parameter))
+            present = [name for name in [*self.merged_adapters, *names] if name in self._deltas(parameter)]
+            if present:
+                with torch.no_grad():
+                    merged[parameter] = self._sum(parameter, base, present)
+                if safe_merge and not torch.isfinite(merged[parameter]).all():
+                    raise MergeError(
+                        f"Merging {present} gives NaN or Inf in the `{parameter}` of a "
+                        f"{stock_class(self.base_layer).__name__} layer; the adapter seems to be broken."
+                    )
+        for parameter, value in merged.items():
+            stored = self._stored_bias(parameter)
+            if parameter not in self._stored:
+                self._stored[parameter] = None if stored is None else stored.detach().clone()
+            if stored is None:
+                self.base_layer._parameters[parameter] = nn.Parameter(value, requires_grad=False)
+            else:
+                stored.data.copy_(value)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts back the stored bias that the base had before merging, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for parameter, value in self._stored.items():
+            if value is None:
+                self.base_layer._parameters[parameter] = None
+            else:
+                self._stored_bias(parameter).data.copy_(value)  # type: ignore[union-attr]
+        self._stored.clear()
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """PEFT's hook for taking the layer out of the model: returns the stock layer, merged if asked for."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        uninstall(self.base_layer)
+        return self.base_layer
+
+    # --- the rest of the model sees the stock layer ---
+
+    def train(self, mode: bool = True) -> BitFitLayer:
+        """Sets the mode; a BatchNorm's running statistics are frozen weights, so it stays in evaluation mode."""
+        super().train(mode)
+        if isinstance(self.base_layer, nn.modules.batchnorm._BatchNorm):
+            self.base_layer.eval()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of the layers they own, such as the stride of a convolution.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+def reads_bias(layer: nn.Module, parameter: str) -> bool:
+    """Whether the layer's own code reads `parameter`: all do but norms that were defined without a bias."""
+    return parameter in layer._parameters
+
+
+def channel_axis(layer: nn.Module) -> int | None:
+    """Dimension of the layer's output along which its bias is added; `None` where the bias is used inside."""
+    if isinstance(layer, nn.MultiheadAttention):
+        return None
+    return 1 if isinstance(layer, _CHANNELS_SECOND) else -1
+
+
+def span_index(biases: Sequence[Bias]) -> torch.Tensor | None:
+    """Positions, in the flattened vector, that `biases` of one parameter cover; `None` for all of it.
+
+    Args:
+        biases (`Sequence[Bias]`): Terms that live in one vector.
+
+    Returns:
+        `torch.Tensor` of shape `(selected,)`, int64 and ascending, or `None`.
+    """
+    spans = sorted(span for bias in biases for span in bias.spans)
+    size = torch.Size(biases[0].shape).numel()
+    if sum(stop - start for start, stop in spans) == size:
+        return None
+    return torch.cat([torch.arange(start, stop) for start, stop in spans])
+
+
+def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises [`AdapterNameError`] for names of a mixed batch that are no adapters."""
+    unknown = sorted({str(name) for name in adapter_names} - {*known, BASE})
+    if unknown:
+        raise AdapterNameError(
+            f"`adapter_names` asks for {unknown}, but the model has the adapters {sorted(known)}. "
+            f'Load them first (`model.load_adapter(…, adapter_name="{unknown[0]}")`), or use "{BASE}" for the base.'
+        )
+
+
+def _index_name(parameter: str, adapter_name: str) -> str:
+    return f"_{PREFIX}{parameter}_index_{adapter_name}"
+
+
+def _compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype in which a layer without a bias computes."""
+    dtype = getattr(layer, "compute_dtype", None)  # bitsandbytes' 4-bit layers
+    if dtype is None:
+        weight = getattr(layer, "weight", None)
+        dtype = weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
+    return dtype
+
+
+def _out_features(layer: nn.Module) -> int:
+    return layer.out_features if hasattr(layer, "out_features") else layer.weight.shape[-1]  # type: ignore
+
+
+def _fold(rows: int, batch: int, layer: nn.Module) -> int:
+    factor, rest = divmod(rows, batch)
+    if rest or not factor:
+        raise UnsupportedLayerError(
+            f"A {stock_class(layer).__name__} layer computes {rows} rows for a batch of {batch} examples, so "
+            "`adapter_names` cannot be applied per example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
+        )
+    return factor
+
+
+def _pick_rows(results: dict[str, Any], adapter_names: Sequence[str], layer: nn.Module) -> Any:
+    first = next(iter(results.values()))
+    if isinstance(first, torch.Tensor):
+        factor = _fold(first.shape[0], len(adapter_names), layer)
+        rows = [results[name][i * factor : (i + 1) * factor] for i, name in enumerate(adapter_names)]
+        return torch.cat(rows)
+    if isinstance(first, (tuple, list)):
+        parts = [
+            _pick_rows(dict(zip(results, column, strict=True)), adapter_names, layer)
+            for column in zip(*results.values(), strict=True)
+        ]
+        return type(first)(parts)
+    return first

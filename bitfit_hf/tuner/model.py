@@ -1,0 +1,385 @@
+"""[`BitFitModel`]: the tuner that PEFT instantiates for a [`BitFitConfig`]."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import BitFitConfig
+from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
+from ..files import KEY_PREFIX, digest
+from ..terms import Bias
+from ..terms.structure import stock_module
+from .head import BitFitHead
+from .layer import PREFIX, BitFitLayer, check_adapter_names
+from .merging import prepare_merge
+from .plan import Plan, make_plan
+from .state import (
+    StrictLoader,
+    delta_parameters,
+    forget_configs,
+    head_leaves,
+    head_tensors,
+    load_tensors,
+    put,
+    remove_adapter,
+    stock_path,
+    tuned_layers,
+)
+
+# Models that put the sequence before the batch inside; a row of an activation is no example there.
+_SEQUENCE_FIRST = frozenset({"xlnet", "transfo-xl", "fsmt", "prophetnet", "xlm-prophetnet", "reformer"})
+
+
+class BitFitModel(BaseTuner):
+    r"""
+    Injects [`BitFitLayer`]s into a model: bias-only fine-tuning as a PEFT method.
+
+    Made by `get_peft_model(model, BitFitConfig(...))`, `model.add_adapter(BitFitConfig(...))` and all of PEFT's and
+    transformers' ways of loading. Nothing is changed before every check has passed.
+
+    Args:
+        model (`nn.Module`): The base model.
+        config ([`BitFitConfig`]): What to tune.
+        adapter_name (`str`): Name of the adapter, `"default"` by default.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Makes the deltas on the meta device.
+
+    Example:
+
+    ```python
+    >>> from bitfit_hf import BitFitConfig
+    >>> from peft import get_peft_model
+    >>> from transformers import AutoModelForSequenceClassification
+
+    >>> base = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased", num_labels=2)
+    >>> model = get_peft_model(base, BitFitConfig())
+    >>> model.print_trainable_parameters()
+    trainable params: 104,450 || all params: 109,588,228 || trainable%: 0.0953
+    ```
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = BitFitLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        # PeftModel hands over a dict; a bare configuration comes from injection into the model itself, which is how
+        # transformers' `add_adapter`, `load_adapter` and `from_pretrained` work.
+        in_place = isinstance(peft_config, PeftConfig)
+        config = peft_config if in_place else peft_config[adapter_name]  # type: ignore[index]
+        try:
+            with warnings.catch_warnings():
+                # Several adapters on one model are what the caller asked for.
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            configs = getattr(model, "peft_config", None)
+            if isinstance(configs, dict) and configs.get(adapter_name) is config:
+                del configs[adapter_name]
+            forget_configs(model)
+            raise
+        if in_place and config.is_saved and isinstance(model, PreTrainedModel):
+            model.__dict__["_load_pretrained_model"] = StrictLoader(adapter_name)
+
+    # --- injection ---
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Adds an adapter to `model` in place; PEFT's extension point.
+
+        PEFT's own loop skips what lies below a layer that it has wrapped. Here a wrapped module can hold others to be
+        wrapped (attention with a free `q_bias` holds Linear layers), so this one goes by the plan.
+
+        Args:
+            model (`nn.Module`): The base model.
+            adapter_name (`str`): Its configuration is in `peft_config`.
+            autocast_adapter_dtype (`bool`, *optional*): Without effect: deltas and heads always are float32.
+            low_cpu_mem_usage (`bool`, *optional*): Makes the deltas on the meta device.
+            state_dict (`dict`, *optional*): Restricts the adapter to the modules that have tensors here.
+        """
+        config = self.peft_config[adapter_name]
+        config.restore_given_base()
+        plan = make_plan(model, config, adapter_name, only=state_dict)
+        first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
+
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            self._wrap_layers(model, adapter_name, plan, inference_mode=config.inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        self._wrap_head(model, adapter_name, plan, inference_mode=config.inference_mode)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad = requires_grad
+        plan.describe(config)
+
+    def _wrap_layers(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
+        for path, biases in plan.by_module().items():
+            layer = self._wrapped(model, path, plan.parameters[path], adapter_name)
+            layer.update_layer(adapter_name, biases, inference_mode=inference_mode)
+            if path not in self.targeted_module_names:
+                self.targeted_module_names.append(path)
+        for bias in plan.biases:
+            for alias in bias.aliases:
+                self._tie(model, alias, bias, adapter_name)
+
+    def _wrapped(self, model: nn.Module, path: str, parameters: Sequence[str], adapter_name: str) -> BitFitLayer:
+        parent_path, _, name = path.rpartition(".")
+        parent = resolve(model, parent_path)
+        child = parent._modules[name]
+        if isinstance(child, BitFitLayer):
+            return child
+        layer = BitFitLayer(child, parameters)
+        layer.train(child.training)
+        layer._active_adapter = self.active_adapters
+        setattr(parent, name, layer)
+        return layer
+
+    def _tie(self, model: nn.Module, alias: str, bias: Bias, adapter_name: str) -> None:
+        path, _, parameter = alias.rpartition(".")
+        owner = find_layer(model, bias.module)
+        other = self._wrapped(model, path, (parameter,), adapter_name)
+        getattr(other, PREFIX + parameter)[adapter_name] = getattr(owner, PREFIX + bias.parameter)[adapter_name]
+
+    def _wrap_head(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
+        active = adapter_name in self.active_adapters
+        for path in plan.head:
+            parent_path, _, name = path.rpartition(".")
+            parent = resolve(model, parent_path)
+            leaf = parent._modules[name]
+            size = plan.labels.num_labels if plan.labels is not None and path == plan.logits else None
+            if isinstance(leaf, BitFitHead):
+                leaf.update(adapter_name, num_labels=size)
+            else:
+                leaf = BitFitHead(leaf, adapter_name, num_labels=size)
+                setattr(parent, name, leaf)
+                leaf.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
+            if active:
+                leaf.set_adapter(adapter_name, inference_mode=inference_mode)
+            if path == plan.carrier:
+                assert isinstance(model, PreTrainedModel) and plan.labels is not None
+                leaf.carry_labels(model, adapter_name, plan.labels)
+        leaves = [leaf for _, leaf in head_leaves(model)]
+        for _, layer in tuned_layers(model):
+            layer.lead(leaves)
+            break
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("BitFitModel.inject_adapter goes by its plan and never calls this.")
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Does nothing: deltas and heads are float32 in any case."""
+
+    # --- forward ---
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook for `adapter_names`: one adapter per example of the batch."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        check_adapter_names(adapter_names, list(self.peft_config))
+        self._check_mixed_batch()
+
+        def hand_over(module: nn.Module, inputs: Any, kwargs: Any, names: Sequence[str]) -> tuple[Any, Any]:
+            return inputs, {**kwargs, "adapter_names": names}
+
+        hooked = [m for m in self.modules() if isinstance(m, (BitFitLayer, AuxiliaryTrainingWrapper))]
+        handles = [
+            module.register_forward_pre_hook(partial(hand_over, names=list(adapter_names)), with_kwargs=True)
+            for module in hooked
+        ]
+        layers = [module for module in hooked if isinstance(module, BitFitLayer)]
+        try:
+            for layer in layers:
+                layer._mixed = True
+            yield
+        finally:
+            for layer in layers:
+                layer._mixed = False
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed_batch(self) -> None:
+        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
+        if self.training:
+            raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
+        if model_type in _SEQUENCE_FIRST:
+            raise UnsupportedLayerError(
+                f"{type(self.model).__name__} puts the sequence before the batch inside, so `adapter_names` cannot be "
+                "applied per example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
+            )
+        if any(layer.merged for _, layer in tuned_layers(self.model)):
+            raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
+
+    # --- combining ---
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        r"""
+        Adds the adapter `δ = Σ w_i δ_i`.
+
+        The head is no difference to anything, so a weighted sum of heads has no meaning: the new adapter gets a copy
+        of the first one's head, with its labels.
+
+        Args:
+            adapters (`Sequence[str]`): Adapters that tune the same biases.
+            weights (`Sequence[float]`): One for each.
+            adapter_name (`str`): Name of the new adapter.
+            combination_type (`str`, *optional*, defaults to `"linear"`): The only one that biases have.
+
+        Raises:
+            [`AdapterNameError`]: A name is unknown or taken, or the numbers of names and weights differ.
+            [`DeltaMismatchError`]: The adapters tune different biases.
+        """
+        adapters, weights = list(adapters), [float(weight) for weight in weights]
+        if combination_type != "linear":
+            raise AdapterNameError(f"`combination_type` must be 'linear' for biases, got {combination_type!r}.")
+        if adapter_name in self.peft_config:
+            raise AdapterNameError(f"There is an adapter {adapter_name!r} already; choose another name.")
+        if not adapters or len(adapters) != len(weights):
+            raise AdapterNameError(
+                f"Got {len(adapters)} adapters and {len(weights)} weights; give one weight for each."
+            )
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise AdapterNameError(f"There are no adapters {unknown}; the model has {list(self.peft_config)}.")
+        sources = [delta_parameters(self.model, name) for name in adapters]
+        for name, source in zip(adapters, sources, strict=True):
+            if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in sources[0].items()}:
+                raise DeltaMismatchError(
+                    f"The adapters {adapters[0]!r} and {name!r} tune different biases, so their deltas cannot be added."
+                )
+        config = copy.deepcopy(self.peft_config[adapters[0]])
+        config.new()
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            for name, target in delta_parameters(self.model, adapter_name).items():
+                target.copy_(sum(weight * source[name] for weight, source in zip(weights, sources, strict=True)))  # type: ignore
+            first_head = head_tensors(self.model, adapters[0])
+            for name, tensor in head_tensors(self.model, adapter_name).items():
+                tensor.copy_(first_head[name])
+        self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
+
+    # --- unloading ---
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        # PEFT's version does not look inside the layers that it takes out.
+        model = self.model
+        if merge:
+            prepare_merge(model, list(adapter_names or self.active_adapters))
+        for name, module in reversed(list(model.named_modules())):
+            if isinstance(module, (BitFitLayer, BitFitHead)):
+                with onload_layer(module):
+                    put(model, name, module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+        vars(model).pop("peft_config", None)
+        forget_configs(model)
+        return model
+
+    # --- state dict ---
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: BitFitConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        wanted = set(delta_parameters(model, adapter_name))  # a tied delta once
+        deltas = {}
+        for key, tensor in state_dict.items():
+            name = cls._remove_adapter_name_from_key(key, adapter_name)
+            if key != name and name.removeprefix(KEY_PREFIX) in wanted:
+                deltas[key] = tensor.to(torch.float32)
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in deltas.items()}
+        for path, leaf in head_leaves(model):
+            live = next(key for key in (f"{KEY_PREFIX}{path}", path) if _has(state_dict, key))
+            inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
+            saved |= {f"{path}.{k}": v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
+        config.about_to_save(digest(saved))
+        return deltas
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        prefix = KEY_PREFIX if key.startswith(KEY_PREFIX) else ""
+        return prefix + stock_path(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: BitFitConfig,
+        adapter_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT's route: the one place that sees the tensors of a file. They are written here, since PEFT would drop
+        # what does not fit in silence; it then gets the tensors that are in the model already.
+        try:
+            load_tensors(model, adapter_name, state_dict, expected_digest=config.weights_digest)
+        except BaseException:
+            if config.is_saved:  # not a reload into an adapter that was here before
+                remove_adapter(model, adapter_name)
+            raise
+        config.loaded()
+        tensors = [*delta_parameters(model, adapter_name).values(), *head_tensors(model, adapter_name).values()]
+        live = set(map(id, tensors))
+        return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in live}
+
+
+def resolve(model: nn.Module, path: str) -> nn.Module:
+    """The stock module at a stock path of a model in which wrappers may have been injected."""
+    module = stock_module(model)
+    for name in path.split(".") if path else ():
+        module = stock_module(module._modules[name])  # type: ignore[arg-type]
+    return module
+
+
+def find_layer(model: nn.Module, path: str) -> BitFitLayer:
+    """The BitFit layer around the module at a stock path."""
+    parent, _, name = path.rpartition(".")
+    layer = resolve(model, parent)._modules[name]
+    assert isinstance(layer, BitFitLayer)
+    return layer
+
+
+def _has(state_dict: Mapping[str, torch.Tensor], path: str) -> bool:
+    return any(key.startswith(f"{path}.") for key in state_dict)

@@ -1,0 +1,228 @@
+"""What an injection is going to do, worked out and checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import BitFitConfig
+from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
+from ..files import KEY_PREFIX
+from ..fingerprint import check_base, fingerprint
+from ..terms import Bias, find_biases, head_modules, select_biases
+from .head import BitFitHead, Labels, output_size
+from .layer import PREFIX, BitFitLayer
+
+# PEFT's task types by how the names of transformers' classes end.
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome of planning an injection.
+
+    Args:
+        biases (`list[Bias]`): What is tuned.
+        parameters (`dict[str, tuple[str, ...]]`): For each module all biases that any adapter could tune there.
+        head (`list[str]`): Leaf modules of the head.
+        labels ([`Labels`], *optional*): The adapter's labels, where there is a head.
+        logits (`str`, *optional*): The leaf whose size is the number of labels.
+        carrier (`str`, *optional*): The leaf that keeps the label names in step.
+        values (`dict[str, Any]`): What the configuration is completed with.
+    """
+
+    biases: list[Bias]
+    parameters: dict[str, tuple[str, ...]]
+    head: list[str]
+    labels: Labels | None
+    logits: str | None
+    carrier: str | None
+    values: dict[str, Any]
+
+    def by_module(self) -> dict[str, list[Bias]]:
+        """The biases of each module."""
+        grouped: dict[str, list[Bias]] = defaultdict(list)
+        for bias in self.biases:
+            grouped[bias.module].append(bias)
+        return grouped
+
+    def describe(self, config: BitFitConfig) -> None:
+        """Writes into the configuration what was found out."""
+        for name, value in self.values.items():
+            setattr(config, name, value)
+
+
+def make_plan(
+    model: nn.Module, config: BitFitConfig, adapter_name: str, *, only: Mapping[str, torch.Tensor] | None = None
+) -> Plan:
+    """Works out what injecting `config` into `model` does. Changes neither.
+
+    Args:
+        model (`nn.Module`): The base model, perhaps with adapters injected already.
+        config ([`BitFitConfig`]): What to tune.
+        adapter_name (`str`): Name of the new adapter.
+        only (`Mapping[str, torch.Tensor]`, *optional*): A state dict whose keys restrict the biases.
+
+    Returns:
+        [`Plan`].
+
+    Raises:
+        [`BitFitError`]: Of the kind that says what is wrong, see [`select_biases`] and [`check_base`].
+    """
+    _check_name(model, adapter_name)
+    check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+    head = head_modules(model, task_type=config.task_type, modules_to_save=config.modules_to_save)
+    biases = select_biases(
+        model,
+        bias_terms=config.bias_terms,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        add_missing_biases=config.add_missing_biases,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+    )
+    if only is not None:
+        biases = _restrict(biases, only)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _check_free(modules, [bias.module for bias in biases], head)
+
+    everywhere: dict[str, tuple[str, ...]] = {}
+    for bias in find_biases(model, add_missing_biases=True):
+        known = everywhere.get(bias.module, ())
+        everywhere[bias.module] = known if bias.parameter in known else (*known, bias.parameter)
+    parameters = {bias.module: everywhere.get(bias.module, (bias.parameter,)) for bias in biases}
+
+    labels, logits = _labels(model, config, head)
+    return Plan(
+        biases=biases,
+        parameters=parameters,
+        head=head,
+        labels=labels,
+        logits=logits,
+        carrier=(logits or head[-1]) if labels is not None else None,
+        values=_values(model, config, biases, head, labels),
+    )
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name:
+        raise AdapterNameError(f"An adapter's name must not be empty or hold a dot, got {adapter_name!r}.")
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    taken = parts - {
+        name
+        for m in model.modules()
+        if isinstance(m, (BitFitLayer, BitFitHead))
+        for name in m._get_available_adapters()
+    }
+    if adapter_name in taken:
+        # PEFT finds the tensors of other adapters by their name in the path, and would leave this module out.
+        raise AdapterNameError(f"The model has a module named {adapter_name!r}; choose another name for the adapter.")
+
+
+def _restrict(biases: list[Bias], only: Mapping[str, torch.Tensor]) -> list[Bias]:
+    keys = {key.removeprefix(KEY_PREFIX) for key in only}
+    kept = [bias for bias in biases if f"{bias.module}.{PREFIX}{bias.parameter}" in keys]
+    if not kept:
+        raise NoMatchError(
+            f"None of the {len(keys)} tensors of the state dict belongs to a bias that the configuration selects."
+        )
+    return kept
+
+
+def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list[str]) -> None:
+    for name in dict.fromkeys([*targets, *head]):
+        if not name:
+            raise UnsupportedLayerError(
+                "The model itself is a single layer, which PEFT cannot wrap. Put it into a container: "
+                "`nn.Sequential(layer)`."
+            )
+        module = modules.get(name)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
+            module, (BitFitLayer, BitFitHead)
+        ):
+            raise UnsupportedLayerError(
+                f"{name} is wrapped by another PEFT method already ({type(module).__name__}). BitFit cannot be mixed with "
+                "it on one model: unload that adapter first, or load a fresh base."
+            )
+
+
+def _labels(model: nn.Module, config: BitFitConfig, head: list[str]) -> tuple[Labels | None, str | None]:
+    """The adapter's labels and the leaf of the head that makes that many outputs."""
+    if not head or not isinstance(model, PreTrainedModel) or not getattr(model.config, "id2label", None):
+        return None, None
+    own = Labels.of(model)
+    labels = own
+    if config.num_labels is not None:
+        names = config.id2label or (
+            own.id2label
+            if config.num_labels == own.num_labels
+            else {index: f"LABEL_{index}" for index in range(config.num_labels)}
+        )
+        labels = Labels(config.num_labels, names, config.problem_type or own.problem_type)
+    leaves = {path: model.get_submodule(path) for path in head}
+    sizes = {path: _sizes(leaf) for path, leaf in leaves.items()}
+    logits = next((path for path in reversed(head) if own.num_labels in sizes[path]), None)
+    if logits is None and labels.num_labels != own.num_labels:
+        raise DeltaMismatchError(
+            f"The adapter has {labels.num_labels} labels, but no layer of the head of {type(model).__name__} has "
+            f"{own.num_labels} outputs that could be rebuilt. Load the base with `num_labels={labels.num_labels}`."
+        )
+    return labels, logits
+
+
+def _sizes(leaf: nn.Module) -> set[int | None]:
+    if isinstance(leaf, BitFitHead):
+        return {output_size(leaf.original_module), *(output_size(module) for module in leaf.modules_to_save.values())}
+    return {output_size(leaf)}
+
+
+def _values(
+    model: nn.Module, config: BitFitConfig, biases: list[Bias], head: list[str], labels: Labels | None
+) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if head:
+        values["modules_to_save"] = head
+    if labels is not None:
+        values["num_labels"] = labels.num_labels
+        values["id2label"] = dict(labels.id2label)
+        values["problem_type"] = labels.problem_type
+    if config.base_fingerprint is None:
+        values["base_fingerprint"] = fingerprint(model, biases)
+    model_config = getattr(model, "config", None)
+    if config.base_model_name_or_path is None:
+        values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
+    if config.revision is None:
+        values["revision"] = getattr(model_config, "_commit_hash", None)
+    if config.task_type is None and isinstance(model, PreTrainedModel):
+        values["task_type"] = _task_type(type(model).__name__, model_config)
+        if values["task_type"] is None and config.auto_mapping is None:
+            # For AutoPeftModel, which needs one or the other.
+            values["auto_mapping"] = {
+                "base_model_class": type(model).__name__,
+                "parent_library": type(model).__module__,
+            }
+    return values
+
+
+def _task_type(class_name: str, model_config: Any) -> str | None:
+    for ending, task_type in _TASK_TYPES.items():
+        if class_name.endswith(ending):
+            return task_type
+    if class_name.endswith("ForConditionalGeneration") and getattr(model_config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "FEATURE_EXTRACTION" if class_name.endswith("Model") else None

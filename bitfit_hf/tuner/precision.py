@@ -1,0 +1,34 @@
+"""Containers whose tensors stay float32 when the model around them is cast.
+
+bfloat16 loses the small steps of bias tuning: 1.0 ignores an update of 1e-3. So deltas and heads stay float32 through
+`model.to(dtype)`, `model.half()` and the Trainer's `bf16_full_eval`, which all come down to `nn.Module._apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def _without_cast(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return apply
+
+
+class Float32ParameterDict(nn.ParameterDict):
+    """Parameters by adapter name; moved between devices, never cast."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32ParameterDict:
+        return super()._apply(_without_cast(fn), recurse)
+
+
+class Float32ModuleDict(nn.ModuleDict):
+    """Modules by adapter name; moved between devices, never cast."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32ModuleDict:
+        return super()._apply(_without_cast(fn), recurse)
