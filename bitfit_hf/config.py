@@ -57,6 +57,8 @@ class BitFitConfig(PeftConfig):
             Shape and label names of the head. Taken from the model when training; restored on the model when loading.
         base_fingerprint (`dict`, *optional*):
             What identifies the checkpoint that the delta belongs to; filled in at injection.
+        bias_layout (`dict[str, str]`, *optional*):
+            Which term and layer each tuned tensor is, see [`bitfit_hf.layout`]; filled in at injection.
         weights_digest (`str`, *optional*):
             SHA-256 over the tensors saved with this configuration; ties the two files of one save together.
         bitfit_version (`str`, *optional*): Version of `bitfit_hf` that wrote the configuration.
@@ -98,6 +100,9 @@ class BitFitConfig(PeftConfig):
     problem_type: str | None = field(default=None, metadata={"help": "transformers' problem type of the head."})
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Identifies the checkpoint that the delta belongs to."}
+    )
+    bias_layout: dict[str, str] | None = field(
+        default=None, metadata={"help": "Which term and layer each tuned tensor is."}
     )
     weights_digest: str | None = field(
         default=None, metadata={"help": "SHA-256 over the tensors that were saved with this configuration."}
@@ -232,6 +237,10 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
         lambda v: v in ("regression", "single_label_classification", "multi_label_classification"),
     ),
     "base_fingerprint": _kind("a mapping", lambda v: isinstance(v, dict)),
+    "bias_layout": _kind(
+        "a mapping of tensor names to places",
+        lambda v: isinstance(v, dict) and all(isinstance(place, str) for place in v.values()),
+    ),
     "weights_digest": _TEXT,
     "bitfit_version": _TEXT,
 }

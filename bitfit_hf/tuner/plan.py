@@ -17,6 +17,7 @@ from ..config import BitFitConfig
 from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
 from ..files import KEY_PREFIX
 from ..fingerprint import check_base, fingerprint
+from ..layout import encode_layout
 from ..terms import Bias, find_biases, head_modules, select_biases
 from .head import BitFitHead, Labels, output_size
 from .layer import PREFIX, BitFitLayer
@@ -194,7 +195,7 @@ def _sizes(leaf: nn.Module) -> set[int | None]:
 def _values(
     model: nn.Module, config: BitFitConfig, biases: list[Bias], head: list[str], labels: Labels | None
 ) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"bias_layout": encode_layout(biases)}
     if head:
         values["modules_to_save"] = head
     if labels is not None:
