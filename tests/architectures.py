@@ -9,25 +9,26 @@
         loss = model(**arch.inputs(), **arch.labels()).loss     # where `arch.trainable`
 
 * [`ARCHITECTURES`] maps a name such as `"bert-sequence"` to an [`Architecture`]; [`select`] filters it by kind and
-  family; [`build`] is `ARCHITECTURES[name].build()`.
+  family; [`build`] is `ARCHITECTURES[name].build()`, [`shared`] the same, once per session, for tests that only look.
 * [`randomize_`] gives every floating parameter a random value: many biases start at zero, and "two different models"
   made by two seeds would then have equal biases.
 * [`output_tensors`] flattens whatever a model returns into a list of float tensors.
 * Every bias that `forward` uses gets a gradient from these inputs, once the model is randomized. None gets one by
   nature: key biases where positions are not rotary (softmax is shift-invariant), DeBERTa-v2's `pos_key_proj` for the
   same reason, and CLIP's `vision_model.post_layernorm` in image classification, which pools before it.
-* The plain `nn.Module`s at the end (`MLP`, `ConvNet`, ..., and the traps) have no config and no task type.
+* The plain `nn.Module`s of `plain_modules.py` (`"mlp"`, `"convnet"`, ..., `"traps"`) have no config and no task type.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
+from plain_modules import MLP, AttentionNet, BiasFreeNet, ConvNet, TorchEncoder, TrapNet
 from torch import nn
 
 HIDDEN, HEADS, INTERMEDIATE, VOCAB, LENGTH, LABELS = 32, 4, 40, 64, 7, 3
@@ -95,8 +96,14 @@ def build(name: str, seed: int = 0) -> nn.Module:
     return ARCHITECTURES[name].build(seed)
 
 
+@cache
+def shared(name: str) -> nn.Module:
+    """The model called `name`, built once for tests that only look at it and must not change it."""
+    return build(name)
+
+
 def select(kinds: Iterable[str] | None = None, families: Iterable[str] | None = None) -> list[Architecture]:
-    """The architectures of these `kinds` and `families` (`None`: any); an empty answer is an error, not a hollow test."""
+    """The architectures of these `kinds` and `families` (`None`: any). Finding none is an error, not a hollow test."""
     kinds, families = (None if wanted is None else set(wanted) for wanted in (kinds, families))
     found = [
         arch
@@ -120,6 +127,15 @@ def randomize_(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.add_(noise.to(parameter))
     return model
+
+
+def snapshot(model: nn.Module) -> dict:
+    """What a call that only looks, or that fails, must leave alone: modules, tensors, their values and flags."""
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "tensors": [(name, id(p), p.requires_grad, p.sum().item()) for name, p in model.named_parameters()],
+        "buffers": [(name, id(b)) for name, b in model.named_buffers()],
+    }
 
 
 def output_tensors(outputs: Any) -> list[torch.Tensor]:
@@ -198,7 +214,9 @@ def _tag_labels(batch: int, generator: torch.Generator) -> dict[str, torch.Tenso
 
 
 def _span_labels(batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {f"{end}_positions": torch.randint(0, LENGTH - 2, (batch,), generator=generator) for end in ("start", "end")}
+    return {
+        f"{end}_positions": torch.randint(0, LENGTH - 2, (batch,), generator=generator) for end in ("start", "end")
+    }
 
 
 def _token_labels(batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -228,7 +246,9 @@ _LABELS_OF_KIND = {
 # Stock models --------------------------------------------------------------------------------------------------------
 
 
-def _add(family: str, kind: str, class_name: str, config: Callable[[], Any], *, suffix="", inputs=None, **fields) -> None:
+def _add(
+    family: str, kind: str, class_name: str, config: Callable[[], Any], *, suffix="", inputs=None, **fields
+) -> None:
     """Registers `transformers.<class_name>` under `"<family>-<kind>[-<suffix>]"`."""
 
     def factory() -> nn.Module:
@@ -308,7 +328,12 @@ _add("electra", "sequence", "ElectraForSequenceClassification", _electra)
 _albert = _config("AlbertConfig", **_BERT_LIKE, embedding_size=16, classifier_dropout_prob=0.0)
 _add("albert", "sequence", "AlbertForSequenceClassification", _albert)
 _albert_groups = _config(
-    "AlbertConfig", **_BERT_LIKE, embedding_size=16, classifier_dropout_prob=0.0, num_hidden_groups=2, inner_group_num=2
+    "AlbertConfig",
+    **_BERT_LIKE,
+    embedding_size=16,
+    classifier_dropout_prob=0.0,
+    num_hidden_groups=2,
+    inner_group_num=2,
 )
 _add("albert", "backbone", "AlbertModel", _albert_groups, suffix="groups")
 
@@ -416,6 +441,22 @@ _add("llama", "causal_lm", "LlamaForCausalLM", _llama_biased, suffix="biased")
 
 _mamba = _config("MambaConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4, expand=2)
 _add("mamba", "causal_lm", "MambaForCausalLM", _mamba)
+# Mamba 2 has what looks like a bias and is none: the vectors `dt_bias`, `A_log` and `D`.
+_mamba2 = _config(
+    "Mamba2Config",
+    vocab_size=VOCAB,
+    hidden_size=HIDDEN,
+    num_hidden_layers=2,
+    state_size=4,
+    expand=2,
+    num_heads=8,
+    head_dim=8,
+    n_groups=1,
+    chunk_size=4,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_add("mamba2", "causal_lm", "Mamba2ForCausalLM", _mamba2)
 
 _T5 = {
     "vocab_size": VOCAB,
@@ -523,7 +564,13 @@ _WHISPER = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
-_add("whisper", "seq2seq_lm", "WhisperForConditionalGeneration", _config("WhisperConfig", **_WHISPER), inputs=_audio_to_text)
+_add(
+    "whisper",
+    "seq2seq_lm",
+    "WhisperForConditionalGeneration",
+    _config("WhisperConfig", **_WHISPER),
+    inputs=_audio_to_text,
+)
 _add("whisper", "audio", "WhisperForAudioClassification", _config("WhisperConfig", **_WHISPER), inputs=_audio)
 
 _CLIP_TOWER = {
@@ -545,114 +592,6 @@ _add("clip", "image", "CLIPForImageClassification", _clip)
 
 
 # Plain modules -------------------------------------------------------------------------------------------------------
-
-
-class MLP(nn.Module):
-    """Linear layers with a LayerNorm and a BatchNorm between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(10, HIDDEN)
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.second = nn.Linear(HIDDEN, 12)
-        self.batch_norm = nn.BatchNorm1d(12)
-        self.last = nn.Linear(12, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.norm(self.first(x)))
-        return self.last(F.gelu(self.batch_norm(self.second(x))))
-
-
-class ConvNet(nn.Module):
-    """All three convolutions and a GroupNorm; the input is `[batch, 2, 4, 4, 4]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv3d = nn.Conv3d(2, 4, 3, padding=1)
-        self.group_norm = nn.GroupNorm(2, 4)
-        self.conv2d = nn.Conv2d(4, 6, 3, padding=1)
-        self.conv1d = nn.Conv1d(6, 8, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.gelu(self.group_norm(self.conv3d(x))).mean(2)
-        return self.conv1d(F.gelu(self.conv2d(x)).mean(2))
-
-
-class AttentionNet(nn.Module):
-    """A free `nn.MultiheadAttention`, whose `in_proj_bias` fuses query, key and value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True)
-        self.head = nn.Linear(HIDDEN, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.attention(x, x, x, need_weights=False)[0])
-
-
-class TorchEncoder(nn.Module):
-    """PyTorch's own transformer encoder, two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(HIDDEN, HEADS, INTERMEDIATE, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(x)
-
-
-class BiasFreeNet(nn.Module):
-    """An RMSNorm and projections without any bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(10, HIDDEN, bias=False)
-        self.norm = nn.RMSNorm(HIDDEN)
-        self.down = nn.Linear(HIDDEN, 5, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.norm(F.silu(self.up(x))))
-
-
-class Router(nn.Module):
-    """A mixture-of-experts router: its `expert_bias` steers the choice of experts and is added to no activation."""
-
-    def __init__(self, experts: int = 4) -> None:
-        super().__init__()
-        self.gate = nn.Linear(HIDDEN, experts, bias=False)
-        self.expert_bias = nn.Parameter(torch.zeros(experts))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = self.gate(x).sigmoid()
-        chosen = (scores + self.expert_bias).topk(2, dim=-1).indices
-        return torch.zeros_like(scores).scatter(-1, chosen, scores.gather(-1, chosen))
-
-
-class TrapNet(nn.Module):
-    """What looks like a bias and is none, beside one that is.
-
-    `relative_attention_bias.weight` (a table), `layer_scale` and `gate_bias_scale` (multiplied), `router.expert_bias`
-    (chooses), `bias_table` (two-dimensional), `bias_buffer` (no parameter). The only bias terms are `project.bias` and
-    `norm.bias`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(10, HIDDEN)
-        self.norm = nn.LayerNorm(HIDDEN)
-        self.relative_attention_bias = nn.Embedding(8, HIDDEN)
-        self.layer_scale = nn.Parameter(torch.full((HIDDEN,), 0.5))
-        self.gate_bias_scale = nn.Parameter(torch.ones(HIDDEN))
-        self.bias_table = nn.Parameter(torch.zeros(8, HIDDEN))
-        self.router = Router()
-        self.out = nn.Linear(4, 5, bias=False)
-        self.register_buffer("bias_buffer", torch.zeros(HIDDEN))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.project(x)) * self.layer_scale * self.gate_bias_scale + self.bias_buffer
-        x = x + self.relative_attention_bias.weight[0] + self.bias_table[1]
-        return self.out(self.router(x))
 
 
 def _add_plain(name: str, factory: Callable[[], nn.Module], *shape: int, **fields) -> None:

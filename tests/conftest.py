@@ -26,7 +26,8 @@ os.environ.update(
     WANDB_MODE="disabled",
     OMP_NUM_THREADS="1",
 )
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # `from architectures import ...`, also without pyproject
+# For `from architectures import ...`, also where pytest is run without the project's configuration.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
