@@ -7,12 +7,14 @@ from __future__ import annotations
 
 __version__ = "0.1.0.dev0"
 
+from .callback import BitFitCallback
 from .config import BitFitConfig
 from .errors import *  # noqa: F403
 from .fingerprint import base_mismatch
+from .optim import optimizer_groups
 from .tuner import BitFitLayer, BitFitModel
 from .tuner.registration import register
 
-__all__ = ["BitFitConfig", "BitFitLayer", "BitFitModel", "base_mismatch"]
+__all__ = ["BitFitCallback", "BitFitConfig", "BitFitLayer", "BitFitModel", "base_mismatch", "optimizer_groups"]
 
 register()

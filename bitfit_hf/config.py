@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig
 
 from .errors import ConfigError, collect
+from .run import TrainingRun
 from .terms import resolve_terms
 
 
@@ -130,6 +131,7 @@ class BitFitConfig(PeftConfig):
         # that the user gave, or that came with a delta, wins over it.
         self._given_base = self.base_model_name_or_path
         self._digest_of_last_state: str | None = None
+        self.run: TrainingRun | None = None  # of the training that is under way, for the model card
 
     def _check_labels(self) -> None:
         if self.id2label is None:

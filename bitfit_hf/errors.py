@@ -1,8 +1,8 @@
 """All errors of the library.
 
-Each derives from [`BitFitError`] and from the built-in that a caller would catch, so `except ValueError` keeps working.
-A message says what was given, where, why it fails and what to do; several problems of one kind are collected and
-raised once (see [`collect`]).
+Each derives from [`BitFitError`] and from the built-in that a caller would catch, so `except ValueError` keeps
+working. A message says what was given, where, why it fails and what to do; several problems of one kind are collected
+and raised once (see [`collect`]).
 """
 
 from __future__ import annotations
