@@ -9,12 +9,22 @@ __version__ = "0.1.0.dev0"
 
 from .callback import BitFitCallback
 from .config import BitFitConfig
+from .delta import BiasDelta, load_delta
 from .errors import *  # noqa: F403
 from .fingerprint import base_mismatch
 from .optim import optimizer_groups
 from .tuner import BitFitLayer, BitFitModel
 from .tuner.registration import register
 
-__all__ = ["BitFitCallback", "BitFitConfig", "BitFitLayer", "BitFitModel", "base_mismatch", "optimizer_groups"]
+__all__ = [
+    "BiasDelta",
+    "BitFitCallback",
+    "BitFitConfig",
+    "BitFitLayer",
+    "BitFitModel",
+    "base_mismatch",
+    "load_delta",
+    "optimizer_groups",
+]
 
 register()

@@ -186,7 +186,7 @@ def _float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
     if num_labels is None or num_labels == output_size(module):
         clone = copy.deepcopy(module).float()
     elif isinstance(module, (nn.Linear, Conv1D)):
-        clone = _resized(module, num_labels)
+        clone = resized(module, num_labels)
     else:
         raise DeltaMismatchError(
             f"The adapter has {num_labels} labels, but the model's head ends in a {type(module).__name__} of "
@@ -195,7 +195,8 @@ def _float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
     return clone.requires_grad_(False)
 
 
-def _resized(module: nn.Linear | Conv1D, num_labels: int) -> nn.Module:
+def resized(module: nn.Linear | Conv1D, num_labels: int) -> nn.Module:
+    """A new layer like `module`, float32, with `num_labels` outputs."""
     weight = module.weight
     inputs = module.in_features if isinstance(module, nn.Linear) else weight.shape[0]
     if isinstance(module, Conv1D):
