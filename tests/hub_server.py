@@ -185,6 +185,12 @@ class LoopbackHub:
         flipped = blob.data[:middle] + bytes([blob.data[middle] ^ 0xFF]) + blob.data[middle + 1 :]
         self.corrupted[blob.etag] = flipped if data is None else data
 
+    def clear_faults(self) -> None:
+        """Forgets all faults and corruptions that are still to come."""
+        with self._lock:
+            self._faults.clear()
+            self.corrupted.clear()
+
     # Carrying out a request
 
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> tuple[Response, int | None]:

@@ -426,6 +426,8 @@ def test_hub_that_stays_down(hub, hub_env):
     hub.fail_next(500, path="/resolve/", times=100)
     with pytest.raises(LocalEntryNotFoundError, match="Please check your connection"):
         hf_hub_download("alice/tiny", "a")
+    hub.clear_faults()
+    assert hf_hub_download("alice/tiny", "a")
 
 
 @pytest.mark.parametrize("filename", ["w.safetensors", "w.txt"])
@@ -477,7 +479,7 @@ def test_corrupt_content(hub, hub_env, filename):
 
 def test_damaged_upload_is_refused(hub, api):
     def swap() -> None:
-        hub.requests[-1].body = b"something else"
+        hub.requests[-1].body = b"v"
 
     hub.before_next("cdn_upload", swap)
     with pytest.raises(RuntimeError, match=r"Error while uploading 'w\.safetensors'"):
@@ -582,6 +584,13 @@ def tiny_bert() -> BertModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return BertModel(BertConfig(vocab_size=16, max_position_embeddings=16, **sizes)).eval()
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_transformers_pushes_to_the_hub_of_this_test(hub, hub_env, nth):
+    """It keeps an API object for the life of the process, which must not outlive the first hub."""
+    tiny_bert().push_to_hub("alice/tiny", commit_message=f"model {nth}")
+    assert [commit.title for commit in hub.commits("alice/tiny")] == [f"model {nth}", "initial commit"]
 
 
 SUBPROCESS = """
