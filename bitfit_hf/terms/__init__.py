@@ -1,9 +1,9 @@
 """The paper's bias terms, and where they live in an architecture."""
 
 from .heads import head_modules
-from .selection import Bias, find_biases, select_biases, unknown_vectors
+from .selection import find_biases, select_biases, unknown_vectors
+from .survey import Bias
 from .vocabulary import SYMBOLS, TERMS, resolve_terms
-
 
 __all__ = [
     "SYMBOLS",

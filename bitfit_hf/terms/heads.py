@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from ..errors import ConfigError, NoMatchError, UnknownHeadError, collect
 from .structure import stock_module, stock_root, walk
 
-
 # The class families whose head is new. Everything outside their backbone belongs to it.
 _NEW_HEAD = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|QuestionAnsweringSimple|MultipleChoice"
@@ -22,14 +21,15 @@ _NEW_HEAD = re.compile(
 
 # Classes whose output layers came with the checkpoint.
 _PRE_TRAINED_HEAD = re.compile(
-    r"(LMHeadModel|ForCausalLM|ForConditionalGeneration|ForMaskedLM|ForPreTraining|PreTraining"
-    r"|ForNextSentencePrediction|ModelWithProjection)$"
+    r"(LMHeadModel|ModelWithLMHead|ForCausalLM|ForConditionalGeneration|ForMaskedLM|MTModel|BertGenerationDecoder"
+    r"|ForPreTraining|PreTraining|ForNextSentencePrediction|ForSpeechToText|ForTextToText|ModelWithProjection)$"
 )
 
 # Backbones: no output layers at all. Such a class is its own `base_model`.
 _BACKBONE = re.compile(r"(Model|Encoder|Decoder|Backbone|Stack|Transformer)$")
 
-# Classes of the families above that are their own backbone (their `base_model` is the model itself): the head's roots.
+# Classes where that does not say it, most of them because they are their own backbone (`base_model` is the model
+# itself): the head's roots.
 _OWN_BACKBONE: dict[str, tuple[str, ...]] = {
     "BlipForQuestionAnswering": (),  # it generates the answer with its pre-trained decoder
     "CLIPForImageClassification": ("classifier",),
@@ -38,6 +38,7 @@ _OWN_BACKBONE: dict[str, tuple[str, ...]] = {
     "MetaClip2ForImageClassification": ("classifier",),
     "MT5ForQuestionAnswering": ("qa_outputs",),
     "OpenAIGPTDoubleHeadsModel": ("multiple_choice_head",),
+    "PerceiverForSequenceClassification": ("perceiver.decoder",),
     "PPLCNetForImageClassification": ("head",),
     "Siglip2ForImageClassification": ("classifier",),
     "SiglipForImageClassification": ("classifier",),

@@ -6,33 +6,31 @@ import re
 from collections.abc import Iterator
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
 
 # Attributes under which a wrapper keeps the module it stands in for: torch.compile, FSDP, activation checkpointing.
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# Quantised linears that are not subclasses of nn.Linear everywhere, by type name so that none has to be installed.
-_QUANTISED_LINEARS = frozenset(
-    {"Linear8bitLt", "Linear4bit", "HQQLinear", "EetqLinear", "FP8Linear", "FbgemmFp8Linear", "QuantLinear"}
-    | {"TorchQuantLinear", "WQLinear_GEMM", "WQLinear_GEMV", "BitLinear", "QLinear", "VQuantLinear"}
-)
+LINEAR, CONVOLUTION, NORM, MULTIHEAD = "linear", "convolution", "norm", "multihead"
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
 )
-# Models bring norm classes of their own (LlamaRMSNorm, T5LayerNorm, DebertaLayerNorm, ...).
+# Quantised linears that do not subclass nn.Linear in every version. By type name, so that none has to be installed.
+_QUANTISED_LINEARS = frozenset(
+    {
+        *("Linear8bitLt", "Linear4bit", "HQQLinear", "EetqLinear", "FP8Linear", "FbgemmFp8Linear", "BitLinear"),
+        *("QuantLinear", "TorchQuantLinear", "WQLinear_GEMM", "WQLinear_GEMV", "QLinear", "VQuantLinear"),
+    }
+)
+# Models bring norm classes of their own: LlamaRMSNorm, T5LayerNorm, DebertaLayerNorm, ...
 _NORM_NAME = re.compile(r"Norm(\dd)?$")
-
-LINEAR, CONVOLUTION, NORM, MULTIHEAD = "linear", "convolution", "norm", "multihead"
 
 
 def stock_module(module: nn.Module) -> nn.Module:
@@ -42,9 +40,10 @@ def stock_module(module: nn.Module) -> nn.Module:
     """
     while True:
         children = module._modules
+        inner: nn.Module | None
         if isinstance(module, BaseTunerLayer) and children.get("base_layer") is not None:
             inner = children["base_layer"]
-        elif "original_module" in children:  # ModulesToSaveWrapper and its siblings
+        elif isinstance(module, AuxiliaryTrainingWrapper):
             inner = children["original_module"]
         else:
             inner = next((children[name] for name in _TRANSPARENT if children.get(name) is not None), None)
@@ -55,9 +54,6 @@ def stock_module(module: nn.Module) -> nn.Module:
 
 def stock_root(model: nn.Module) -> nn.Module:
     """The stock model inside a `PeftModel`, a PEFT tuner, DDP, or any wrapper that [`stock_module`] knows."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTuner
-
     while True:
         model = stock_module(model)
         if isinstance(model, PeftModel):
@@ -70,16 +66,34 @@ def stock_root(model: nn.Module) -> nn.Module:
             return model
 
 
-def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields `(stock path, stock module)` for every module of the stock model `model`, in definition order.
 
     Unlike `named_modules`, a module that is registered in several places is yielded at each of them.
     """
-    model = stock_module(model)
-    yield path, model
-    for name, child in model._modules.items():
+    for path, module in _walk(model, ""):
+        yield path, stock_module(module)
+
+
+def saved_modules(model: nn.Module) -> list[str]:
+    """Stock paths of the modules that an adapter trains whole (PEFT's `modules_to_save`)."""
+    return [path for path, module in _walk(model, "") if _stands_for_saved(module)]
+
+
+def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    yield path, module
+    for name, child in stock_module(module)._modules.items():
         if child is not None:
-            yield from walk(child, f"{path}.{name}" if path else name)
+            yield from _walk(child, f"{path}.{name}" if path else name)
+
+
+def _stands_for_saved(module: nn.Module) -> bool:
+    while not isinstance(module, ModulesToSaveWrapper):
+        inner = next((module._modules[name] for name in _TRANSPARENT if module._modules.get(name) is not None), None)
+        if inner is None:
+            return False
+        module = inner
+    return True
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -104,21 +118,24 @@ def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def out_features(module: nn.Module, kind: str) -> int | None:
-    """The length that the bias of `module` has or would have; `None` where the module does not say."""
-    if kind == NORM:
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            return shape_of(weight)[0] if len(shape_of(weight)) == 1 else None
-        return None
-    size = getattr(module, "nf", None) if isinstance(module, Conv1D) else getattr(module, "out_features", None)
-    return size if isinstance(size, int) else None
+def bias_name(kind: str) -> str:
+    """What a known kind of module calls its bias."""
+    return "in_proj_bias" if kind == MULTIHEAD else "bias"
 
 
 def own_bias(module: nn.Module, kind: str) -> torch.Tensor | None:
     """The bias vector of a module of a known kind, `None` if it has none."""
-    bias = module._parameters.get("in_proj_bias" if kind == MULTIHEAD else "bias")
+    bias: torch.Tensor | None = module._parameters.get(bias_name(kind))
     if bias is None and kind == LINEAR:
-        # Some quantised linears (GPTQ, AWQ) keep their bias as a buffer.
-        bias = module._buffers.get("bias")
+        bias = module._buffers.get("bias")  # some quantised linears (GPTQ, AWQ) keep it there
     return bias if bias is not None and len(shape_of(bias)) == 1 else None
+
+
+def missing_bias_size(module: nn.Module, kind: str) -> int | None:
+    """How long a bias added to `module` would be; `None` for a module that cannot be given one."""
+    if kind == NORM:
+        weight = module._parameters.get("weight")
+        return shape_of(weight)[0] if weight is not None and len(shape_of(weight)) == 1 else None
+    if kind == LINEAR:
+        return getattr(module, "nf" if isinstance(module, Conv1D) else "out_features", None)
+    return None

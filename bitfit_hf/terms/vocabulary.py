@@ -20,7 +20,6 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError, UnknownTermError
 
-
 TERMS: tuple[str, ...] = (
     "query",
     "key",
@@ -106,7 +105,7 @@ def named_terms(bias_terms: str | Sequence[str]) -> list[str]:
             f"Pass some of: {', '.join(TERMS)}."
         )
     if not bias_terms:
-        raise ConfigError(f"bias_terms is empty, so nothing would be tuned. Pass 'all' or some of: {', '.join(TERMS)}.")
+        raise ConfigError(f"bias_terms is empty: nothing would be tuned. Pass 'all' or some of: {', '.join(TERMS)}.")
     return list(bias_terms)
 
 
