@@ -16,9 +16,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import close_session, constants, file_download, hf_api
@@ -44,7 +47,7 @@ _UNSET += ("HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_CO_STAGING", "HF_ENDPOINT", "H
 @dataclass
 class HubEnv:
     """
-    A redirected client, see `redirect_client`.
+    A redirected client, see `hub_client_env`.
 
     Attributes:
         home (`Path`): Takes the place of `HF_HOME`; empty at the start.
@@ -84,14 +87,25 @@ class HubEnv:
         self.monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
 
 
-def redirect_client(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> HubEnv:
+@contextmanager
+def hub_client_env(hub: LoopbackHub, home: Path) -> Iterator[HubEnv]:
     """
-    Redirects this process's client to `hub`, with `home` for its cache and token, until `monkeypatch` is undone.
+    Redirects this process's client to `hub`, with `home` for its cache and token, and puts everything back at the end.
 
     The client reads its environment when it is imported, so besides the environment (for subprocesses, and for what is
     read late, such as `HF_TOKEN`) this replaces the constants and the endpoint kept in ready-made API objects.
     """
-    env = HubEnv(hub, home, monkeypatch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        env = HubEnv(hub, home, monkeypatch)
+        _redirect(env)
+        try:
+            yield env
+        finally:
+            close_session()
+
+
+def _redirect(env: HubEnv) -> None:
+    hub, home, monkeypatch = env.hub, env.home, env.monkeypatch
     for name in _UNSET:
         monkeypatch.delenv(name, raising=False)
     for name, value in {**_SETTINGS, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home)}.items():
@@ -122,7 +136,25 @@ def redirect_client(hub: LoopbackHub, home: Path, monkeypatch: pytest.MonkeyPatc
     clock = SimpleNamespace(**{**vars(time), "sleep": env.waits.append})
     monkeypatch.setattr(file_download, "time", clock)
     monkeypatch.setattr(_http, "time", clock)
-    return env
+
+    def factory() -> Any:
+        client = _http.default_client_factory()
+        client.event_hooks["request"].append(partial(_stay_on_loopback, hub))
+        return client
+
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", factory)
+    close_session()  # forget a client made earlier
+
+
+def _stay_on_loopback(hub: LoopbackHub, request: Any) -> None:
+    """Where a release of the client has the Hub's address written in its code, the request comes here nevertheless;
+    one to anywhere else is a mistake."""
+    if request.url.host == "huggingface.co":
+        url = hub.endpoint + request.url.raw_path.decode()
+        request.url = type(request.url)(url)
+        request.headers["Host"] = request.url.netloc.decode()
+    elif request.url.host != "127.0.0.1":
+        raise AssertionError(f"A test asked for {request.url}, which is not on this machine")
 
 
 @pytest.fixture
@@ -134,9 +166,7 @@ def hub() -> Iterator[LoopbackHub]:
 
 
 @pytest.fixture
-def hub_env(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubEnv]:
-    close_session()  # a client made earlier may go through a proxy
-    env = redirect_client(hub, tmp_path / "hf_home", monkeypatch)
-    env.login("alice")
-    yield env
-    close_session()
+def hub_env(hub: LoopbackHub, tmp_path: Path) -> Iterator[HubEnv]:
+    with hub_client_env(hub, tmp_path / "hf_home") as env:
+        env.login("alice")
+        yield env

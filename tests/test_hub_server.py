@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import urllib.error
@@ -9,6 +10,7 @@ import urllib.request
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import (
@@ -33,13 +35,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
-from hub_fixtures import redirect_client
+from hub_fixtures import hub_client_env
 from hub_metadata import validate_card
 from hub_server import LoopbackHub
 from hub_store import is_ignored
+
+# Seen: 1.3 reports a connection that breaks off in the middle of a file, and waits as long as it likes after a 429.
+needs_retries = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("2"), reason="this client gives up sooner"
+)
 
 CARD = """---
 license: apache-2.0
@@ -413,6 +422,7 @@ def test_injected_status(hub, api, status, code, expected):
     assert len(hub.commits("alice/tiny")) == 2
 
 
+@needs_retries
 @pytest.mark.parametrize(("status", "waits"), [(429, [1.0, 1.0]), (503, [1, 2])])
 def test_client_retries_a_busy_hub_without_waiting_for_real(hub, api, hub_env, status, waits):
     hub.fail_next(status, path="/preupload/", times=2)
@@ -430,6 +440,7 @@ def test_hub_that_stays_down(hub, hub_env):
     assert hf_hub_download("alice/tiny", "a")
 
 
+@needs_retries
 @pytest.mark.parametrize("filename", ["w.safetensors", "w.txt"])
 def test_cut_download_is_started_again(hub, hub_env, filename):
     data = bytes(n % 253 for n in range(10_000))
@@ -440,6 +451,7 @@ def test_cut_download_is_started_again(hub, hub_env, filename):
     assert hub_env.waits == [1]
 
 
+@needs_retries
 def test_cut_download_is_resumed_by_range(hub, hub_env, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     data = bytes(n % 253 for n in range(10_000))
@@ -455,7 +467,9 @@ def test_download_that_never_gets_through(hub, hub_env):
     hub.cut_connection_after(10, "/cdn/", times=100)
     with pytest.raises(Exception, match=r"peer closed connection|Server disconnected"):
         hf_hub_download("alice/tiny", "w.safetensors")
-    assert not [path for path in hub_env.cache.rglob("blobs/*") if path.is_file()]
+    assert not [path for path in hub_env.cache.rglob("blobs/*") if path.suffix != ".incomplete"]
+    hub.clear_faults()
+    assert Path(hf_hub_download("alice/tiny", "w.safetensors")).read_bytes() == b"w" * 1000
 
 
 def test_lost_answer_to_a_commit(hub, api):
@@ -565,16 +579,26 @@ def test_card_without_metadata_is_a_warning(hub, api):
 def test_redirection_is_undone_and_overrides_offline_mode(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = dict(vars(constants))
+    before = dict(vars(constants)), dict(os.environ)
     hub.put("alice/tiny", {"a": b"1"})
-    with pytest.MonkeyPatch.context() as patch:
-        env = redirect_client(hub, tmp_path / "home", patch)
+    with hub_client_env(hub, tmp_path / "home") as env:
         assert HfApi().model_info("alice/tiny").author == "alice"
-        assert Path(hf_hub_download("alice/tiny", "a")).is_relative_to(tmp_path / "home")
+        assert Path(hf_hub_download("alice/tiny", "a")).is_relative_to(env.home)
         used = [constants.HF_HOME, constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH, constants.HF_XET_CACHE]
         assert all(Path(path).is_relative_to(env.home) for path in used)
-    assert vars(constants) == before
+    assert (vars(constants), dict(os.environ)) == before
     assert HfApi().endpoint != hub.endpoint
+
+
+def test_nothing_leaves_the_machine(hub, hub_env):
+    assert (
+        get_session()
+        .get("https://huggingface.co/api/whoami-v2", headers={"Authorization": "Bearer hf_bob"})
+        .is_success
+    )
+    assert [(r.route, r.user.name) for r in hub.requests] == [("whoami", "bob")]
+    with pytest.raises(AssertionError, match="not on this machine"):
+        get_session().get("https://example.com/")
 
 
 # transformers and peft
