@@ -34,6 +34,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["hub_fixtures"]
+
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
