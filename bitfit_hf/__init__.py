@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0.dev0"
 
+from . import errors
 from .callback import BitFitCallback
 from .config import BitFitConfig
 from .delta import BiasDelta, load_delta
@@ -17,6 +18,7 @@ from .tuner import BitFitLayer, BitFitModel
 from .tuner.registration import register
 
 __all__ = [
+    *errors.__all__,
     "BiasDelta",
     "BitFitCallback",
     "BitFitConfig",

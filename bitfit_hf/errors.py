@@ -9,6 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+__all__ = [
+    "AdapterNameError",
+    "BaseModelMismatchError",
+    "BitFitError",
+    "ConfigError",
+    "DeltaFormatError",
+    "DeltaIOError",
+    "DeltaMismatchError",
+    "DeltaNotFoundError",
+    "MergeError",
+    "NoBiasesError",
+    "NoMatchError",
+    "OptimizerError",
+    "PushError",
+    "RegistrationError",
+    "TaskBankError",
+    "TrainerSetupError",
+    "UnknownHeadError",
+    "UnknownTermError",
+    "UnsupportedLayerError",
+]
+
 
 class BitFitError(Exception):
     """Root of all errors raised by `bitfit_hf`."""
