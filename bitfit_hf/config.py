@@ -17,8 +17,8 @@ from .terms import resolve_terms
 class BitFitPeftType(str, Enum):
     """The method's name in PEFT's mappings.
 
-    PEFT's own `PeftType` is a closed enum. A member of another `str` enum hashes and compares like the plain string, so
-    PEFT finds it in its mappings, and has the `.value` that transformers reads.
+    PEFT's own `PeftType` is a closed enum. A member of another `str` enum hashes and compares like the plain string,
+    so PEFT finds it in its mappings, and has the `.value` that transformers reads.
     """
 
     BITFIT = "BITFIT"

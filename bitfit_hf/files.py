@@ -66,7 +66,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             values = json.load(file)
     except FileNotFoundError as error:
         raise DeltaNotFoundError(
-            f"{path} does not exist: this is no delta. Pass the folder or the Hub repo that a BitFit model was saved to."
+            f"{path} does not exist: this is no delta. Pass the folder or Hub repo that a BitFit model was saved to."
         ) from error
     except (ValueError, RecursionError) as error:
         raise DeltaFormatError(f"{path} is not valid JSON ({error}); fetch the delta again.") from error

@@ -200,8 +200,8 @@ def decode(expected: dict[str, Any]) -> dict[str, TensorPrint]:
     """
     if expected.get("format") != FORMAT:
         raise DeltaFormatError(
-            f"adapter_config.json: `base_fingerprint` has format {expected.get('format')!r}, this version of bitfit_hf "
-            f"reads {FORMAT}. Upgrade bitfit_hf, or fetch the delta again."
+            f"adapter_config.json: `base_fingerprint` has format {expected.get('format')!r}, this version of "
+            f"bitfit_hf reads {FORMAT}. Upgrade bitfit_hf, or fetch the delta again."
         )
     tensors = expected.get("tensors")
     if not isinstance(tensors, dict):
@@ -228,8 +228,8 @@ def differences(model: nn.Module, expected: dict[str, Any]) -> list[str]:
             problems.append(f"{name} does not exist in this model")
             continue
         owner = "bias" if parameter in ("weight", "in_proj_weight") else parameter
-        found = {key: (tensor, whole, dtype) for key, tensor, whole, dtype in _tensors(module, owner)}
-        tensor, whole, dtype = found.get(parameter, (_stored(module, parameter), True, None))
+        found = {key: (tensor, dtype) for key, tensor, _, dtype in _tensors(module, owner)}
+        tensor, dtype = found.get(parameter, (_stored(module, parameter), None))
         if tensor is None or tensor.is_meta or tensor.numel() == 0:
             continue  # sharded or not loaded yet: nothing to compare with
         problem = wanted.difference(TensorPrint.of(tensor, whole=bool(wanted.digests), dtype=dtype))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMismatchError, UnsupportedLayerError
-from .layer import BASE
+from .mixed import BASE, RowCheck
 from .precision import Float32ModuleDict
 
 
@@ -34,18 +34,18 @@ class Labels:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Labels:
         """The labels that `model` has at present."""
-        config = model.config
+        config: Any = model.config
         return cls(config.num_labels, dict(config.id2label), getattr(config, "problem_type", None))
 
     def give_to(self, model: PreTrainedModel) -> None:
         """Makes `model` answer with these labels."""
-        config = model.config
+        config: Any = model.config
         config.num_labels = self.num_labels  # resets the names, so it comes first
         config.id2label = dict(self.id2label)
         config.label2id = {name: index for index, name in self.id2label.items()}
         config.problem_type = self.problem_type
         if "num_labels" in vars(model):
-            model.num_labels = self.num_labels
+            vars(model)["num_labels"] = self.num_labels
 
 
 class BitFitHead(ModulesToSaveWrapper):
@@ -61,13 +61,16 @@ class BitFitHead(ModulesToSaveWrapper):
     def __init__(self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None) -> None:
         self._labels: dict[str, Labels] = {}
         self._label_owner: tuple[PreTrainedModel, Labels] | None = None
+        self._mixed: RowCheck | None = None  # while a mixed batch runs
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
         super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         self.modules_to_save = Float32ModuleDict()
 
-    def update(self, adapter_name: str, num_labels: int | None = None, **kwargs: Any) -> None:
+    def update(
+        self, adapter_name: str, tied_module: None = None, num_labels: int | None = None, **kwargs: Any
+    ) -> None:
         """Adds `adapter_name`'s copy of the module; `num_labels` rebuilds it with that many outputs."""
         if adapter_name not in self.modules_to_save:
             self.modules_to_save[adapter_name] = _float32_copy(self.original_module, num_labels)
@@ -87,7 +90,7 @@ class BitFitHead(ModulesToSaveWrapper):
         return len(self.modules_to_save) > 0
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Empty: [`load_tensors`] writes the head, PEFT's own loop ends in a bare `KeyError` where a tensor is missing."""
+        """Empty: [`load_tensors`] writes the head. PEFT's own loop ends in a bare `KeyError` for a missing tensor."""
         return {}
 
     # --- labels ---
@@ -139,14 +142,13 @@ class BitFitHead(ModulesToSaveWrapper):
             return self._forward_wrapped_passthrough(*args, **kwargs)
         return self.modules_to_save[self.active_adapters[0]](*map(_float32, args), **kwargs)
 
+    def _check_forward_args(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the batch was checked as a whole, and choices are folded into it by the time they get here."""
+
     def _mixed_batch_forward(self, input: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
         # PEFT's version takes Linear, Embedding and Conv only, and stacks whatever it gets.
-        factor, rest = divmod(input.shape[0], len(adapter_names))
-        if rest or not factor:
-            raise UnsupportedLayerError(
-                f"The head gets {input.shape[0]} rows for a batch of {len(adapter_names)} examples, so `adapter_names` "
-                "cannot be applied per example. Use `bitfit_hf.TaskBank`."
-            )
+        assert self._mixed is not None
+        factor = self._mixed.rows_per_example(self, input.shape[0], len(adapter_names))
         rows = [name for name in adapter_names for _ in range(factor)]
         outputs: list[torch.Tensor | None] = [None] * len(rows)
         for name in dict.fromkeys(rows):
@@ -161,8 +163,8 @@ class BitFitHead(ModulesToSaveWrapper):
         if len(widths) > 1:
             raise UnsupportedLayerError(
                 "The adapters in this batch have heads of different sizes "
-                f"({', '.join(str(width[-1]) for width in sorted(widths))} outputs), which one tensor of logits cannot "
-                "hold. Use `bitfit_hf.TaskBank`, which answers each example in its own task's shape."
+                f"({', '.join(str(width[-1]) for width in sorted(widths))} outputs), which one tensor of logits "
+                "cannot hold. Use `bitfit_hf.TaskBank`, which answers each example in its own task's shape."
             )
         return torch.stack(outputs)  # type: ignore[arg-type]
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..errors import AdapterNameError, MergeError, UnsupportedLayerError
+from ..errors import MergeError, UnsupportedLayerError
 from ..terms import Bias
+from .mixed import BASE, RowCheck, pick_rows
 from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
 
 PREFIX = "bitfit_"
-BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 # Layers that add their bias along the second dimension of their output; most add it along the last.
 _CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -47,8 +48,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._stored: dict[str, torch.Tensor | None] = {}  # the base's biases while adapters are merged into them
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
-        self._mixed = False
-        self._led: tuple[nn.Module, ...] = ()
+        self._mixed: RowCheck | None = None  # while a mixed batch runs
+        self._led: tuple[AuxiliaryTrainingWrapper, ...] = ()
         self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
             install(base_layer, self.bias_parameters, owner=self)
@@ -83,7 +84,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     def forget(self, adapter_name: str) -> None:
         """Removes an adapter without a word, as if it never was there."""
         for parameter in self.bias_parameters:
-            self._deltas(parameter).pop(adapter_name, None)
+            if adapter_name in self._deltas(parameter):
+                del self._deltas(parameter)[adapter_name]
             self._buffers.pop(_index_name(parameter, adapter_name), None)
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
@@ -91,7 +93,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         """Whether there is an adapter left."""
         return any(len(self._deltas(parameter)) for parameter in self.bias_parameters)
 
-    def lead(self, leaves: Sequence[nn.Module]) -> None:
+    def lead(self, leaves: Sequence[AuxiliaryTrainingWrapper]) -> None:
         """Makes this layer the one that switches the head's leaves on and off with itself.
 
         transformers' `enable_adapters` knows the tuner's layers only, and would leave the head switched off.
@@ -141,7 +143,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
         """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
-        if self._mixed and self._only is None:
+        if self._mixed is not None and self._only is None:
             raise UnsupportedLayerError(
                 f"The `{parameter}` of a {stock_class(self.base_layer).__name__} layer is read by other code than the "
                 "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
@@ -175,7 +177,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     # --- forward ---
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is not None:
+        if adapter_names is not None and self._only is None:
             return self._mixed_forward(adapter_names, *args, **kwargs)
         result = self.base_layer(*args, **kwargs)
         return self._add_to_output(result) if self._adds_to_output else result
@@ -218,10 +220,13 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         names = list(dict.fromkeys(adapter_names))
         table = torch.stack([self._dense_delta(name, zero) for name in names])
         picked = table[torch.tensor([names.index(name) for name in adapter_names], device=result.device)]
-        if result.shape[0] != len(adapter_names):
-            # Image patches, choices or experts folded into the batch dimension, the example outermost.
-            picked = picked.repeat_interleave(_fold(result.shape[0], len(adapter_names), self.base_layer), dim=0)
-        return picked
+        # Image patches, choices or windows can be folded into the batch dimension, the example outermost.
+        factor = self._rows_per_example(result.shape[0], len(adapter_names))
+        return picked if factor == 1 else picked.repeat_interleave(factor, dim=0)
+
+    def _rows_per_example(self, rows: int, batch: int) -> int:
+        assert self._mixed is not None
+        return self._mixed.rows_per_example(self, rows, batch)
 
     def _dense_delta(self, name: str, zero: torch.Tensor) -> torch.Tensor:
         deltas = self._deltas("bias")
@@ -232,12 +237,15 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_by_row(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """For layers that use their bias inside: runs the batch once per adapter and keeps each example's rows."""
+        inside = [layer for layer in self.base_layer.modules() if isinstance(layer, BitFitLayer)]
         results = {}
         for name in dict.fromkeys(adapter_names):
-            with self._using(name):
+            with ExitStack() as stack:
+                for layer in (self, *inside):
+                    stack.enter_context(layer._using(name))
                 output = self.base_layer(*args, **kwargs)
                 results[name] = self._add_to_output(output) if self._adds_to_output else output
-        return _pick_rows(results, adapter_names, self.base_layer)
+        return pick_rows(results, adapter_names, self._rows_per_example)
 
     # --- merging ---
 
@@ -352,16 +360,6 @@ def span_index(biases: Sequence[Bias]) -> torch.Tensor | None:
     return torch.cat([torch.arange(start, stop) for start, stop in spans])
 
 
-def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str]) -> None:
-    """Raises [`AdapterNameError`] for names of a mixed batch that are no adapters."""
-    unknown = sorted({str(name) for name in adapter_names} - {*known, BASE})
-    if unknown:
-        raise AdapterNameError(
-            f"`adapter_names` asks for {unknown}, but the model has the adapters {sorted(known)}. "
-            f'Load them first (`model.load_adapter(…, adapter_name="{unknown[0]}")`), or use "{BASE}" for the base.'
-        )
-
-
 def _index_name(parameter: str, adapter_name: str) -> str:
     return f"_{PREFIX}{parameter}_index_{adapter_name}"
 
@@ -377,28 +375,3 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
 
 def _out_features(layer: nn.Module) -> int:
     return layer.out_features if hasattr(layer, "out_features") else layer.weight.shape[-1]  # type: ignore
-
-
-def _fold(rows: int, batch: int, layer: nn.Module) -> int:
-    factor, rest = divmod(rows, batch)
-    if rest or not factor:
-        raise UnsupportedLayerError(
-            f"A {stock_class(layer).__name__} layer computes {rows} rows for a batch of {batch} examples, so "
-            "`adapter_names` cannot be applied per example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
-        )
-    return factor
-
-
-def _pick_rows(results: dict[str, Any], adapter_names: Sequence[str], layer: nn.Module) -> Any:
-    first = next(iter(results.values()))
-    if isinstance(first, torch.Tensor):
-        factor = _fold(first.shape[0], len(adapter_names), layer)
-        rows = [results[name][i * factor : (i + 1) * factor] for i, name in enumerate(adapter_names)]
-        return torch.cat(rows)
-    if isinstance(first, (tuple, list)):
-        parts = [
-            _pick_rows(dict(zip(results, column, strict=True)), adapter_names, layer)
-            for column in zip(*results.values(), strict=True)
-        ]
-        return type(first)(parts)
-    return first

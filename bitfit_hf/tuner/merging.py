@@ -19,9 +19,9 @@ _SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "bias", "use_
 def prepare_merge(model: nn.Module, adapter_names: list[str]) -> None:
     """Makes the stock model one that has the biases which `adapter_names` added.
 
-    A merged checkpoint is loaded by building the model from its configuration, so an added bias survives only where the
-    configuration has a switch for it (Llama's `attention_bias` and `mlp_bias`). A switch brings the biases of a whole
-    group of layers: those without a delta get one at zero.
+    A merged checkpoint is loaded by building the model from its configuration, so an added bias survives only where
+    the configuration has a switch for it (Llama's `attention_bias` and `mlp_bias`). A switch brings the biases of a
+    whole group of layers: those without a delta get one at zero.
 
     Args:
         model (`nn.Module`): With the adapters injected.
@@ -58,7 +58,7 @@ def prepare_merge(model: nn.Module, adapter_names: list[str]) -> None:
         setattr(config, switch, True)
     modules = dict(walk(stock_root(model)))
     for path in sorted(covered - set(added)):
-        module = modules[path]
+        module: Any = modules[path]
         if module._parameters.get("bias") is None:
             weight = module.weight
             module._parameters["bias"] = nn.Parameter(

@@ -13,18 +13,17 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import BitFitConfig
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
 from ..files import KEY_PREFIX, digest
 from ..terms import Bias
 from ..terms.structure import stock_module
 from .head import BitFitHead
-from .layer import PREFIX, BitFitLayer, check_adapter_names
+from .layer import PREFIX, BitFitLayer
 from .merging import prepare_merge
+from .mixed import RowCheck, batch_size, check_adapter_names, rows_of_one_example
 from .plan import Plan, make_plan
 from .state import (
     StrictLoader,
@@ -38,9 +37,6 @@ from .state import (
     stock_path,
     tuned_layers,
 )
-
-# Models that put the sequence before the batch inside; a row of an activation is no example there.
-_SEQUENCE_FIRST = frozenset({"xlnet", "transfo-xl", "fsmt", "prophetnet", "xlm-prophetnet", "reformer"})
 
 
 class BitFitModel(BaseTuner):
@@ -72,7 +68,7 @@ class BitFitModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = BitFitLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012: as PEFT declares it
 
     def __init__(
         self,
@@ -85,7 +81,7 @@ class BitFitModel(BaseTuner):
         # PeftModel hands over a dict; a bare configuration comes from injection into the model itself, which is how
         # transformers' `add_adapter`, `load_adapter` and `from_pretrained` work.
         in_place = isinstance(peft_config, PeftConfig)
-        config = peft_config if in_place else peft_config[adapter_name]  # type: ignore[index]
+        config: Any = peft_config if in_place else peft_config[adapter_name]  # type: ignore[index]
         try:
             with warnings.catch_warnings():
                 # Several adapters on one model are what the caller asked for.
@@ -122,7 +118,7 @@ class BitFitModel(BaseTuner):
             low_cpu_mem_usage (`bool`, *optional*): Makes the deltas on the meta device.
             state_dict (`dict`, *optional*): Restricts the adapter to the modules that have tensors here.
         """
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         config.restore_given_base()
         plan = make_plan(model, config, adapter_name, only=state_dict)
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
@@ -151,6 +147,7 @@ class BitFitModel(BaseTuner):
         parent_path, _, name = path.rpartition(".")
         parent = resolve(model, parent_path)
         child = parent._modules[name]
+        assert child is not None
         if isinstance(child, BitFitLayer):
             return child
         layer = BitFitLayer(child, parameters)
@@ -171,6 +168,7 @@ class BitFitModel(BaseTuner):
             parent_path, _, name = path.rpartition(".")
             parent = resolve(model, parent_path)
             leaf = parent._modules[name]
+            assert leaf is not None
             size = plan.labels.num_labels if plan.labels is not None and path == plan.logits else None
             if isinstance(leaf, BitFitHead):
                 leaf.update(adapter_name, num_labels=size)
@@ -181,7 +179,8 @@ class BitFitModel(BaseTuner):
             if active:
                 leaf.set_adapter(adapter_name, inference_mode=inference_mode)
             if path == plan.carrier:
-                assert isinstance(model, PreTrainedModel) and plan.labels is not None
+                assert isinstance(model, PreTrainedModel)
+                assert plan.labels is not None
                 leaf.carry_labels(model, adapter_name, plan.labels)
         leaves = [leaf for _, leaf in head_leaves(model)]
         for _, layer in tuned_layers(model):
@@ -203,39 +202,33 @@ class BitFitModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        check_adapter_names(adapter_names, list(self.peft_config))
-        self._check_mixed_batch()
+        batch = batch_size(args, kwargs)
+        check_adapter_names(adapter_names, list(self.peft_config), batch)
+        if self.training:
+            raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
+        if any(layer.merged for _, layer in tuned_layers(self.model)):
+            raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
+
+        parts = [module for module in self.modules() if isinstance(module, (BitFitLayer, BitFitHead))]
+        alone = None if batch is None else rows_of_one_example(self.model, parts, args, kwargs, batch)
+        check = RowCheck(alone)
 
         def hand_over(module: nn.Module, inputs: Any, kwargs: Any, names: Sequence[str]) -> tuple[Any, Any]:
             return inputs, {**kwargs, "adapter_names": names}
 
-        hooked = [m for m in self.modules() if isinstance(m, (BitFitLayer, AuxiliaryTrainingWrapper))]
         handles = [
             module.register_forward_pre_hook(partial(hand_over, names=list(adapter_names)), with_kwargs=True)
-            for module in hooked
+            for module in parts
         ]
-        layers = [module for module in hooked if isinstance(module, BitFitLayer)]
         try:
-            for layer in layers:
-                layer._mixed = True
+            for part in parts:
+                part._mixed = check
             yield
         finally:
-            for layer in layers:
-                layer._mixed = False
+            for part in parts:
+                part._mixed = None
             for handle in handles:
                 handle.remove()
-
-    def _check_mixed_batch(self) -> None:
-        model_type = getattr(getattr(self.model, "config", None), "model_type", None)
-        if self.training:
-            raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
-        if model_type in _SEQUENCE_FIRST:
-            raise UnsupportedLayerError(
-                f"{type(self.model).__name__} puts the sequence before the batch inside, so `adapter_names` cannot be "
-                "applied per example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
-            )
-        if any(layer.merged for _, layer in tuned_layers(self.model)):
-            raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
 
     # --- combining ---
 
@@ -274,9 +267,9 @@ class BitFitModel(BaseTuner):
         for name, source in zip(adapters, sources, strict=True):
             if {k: v.shape for k, v in source.items()} != {k: v.shape for k, v in sources[0].items()}:
                 raise DeltaMismatchError(
-                    f"The adapters {adapters[0]!r} and {name!r} tune different biases, so their deltas cannot be added."
+                    f"The adapters {adapters[0]!r} and {name!r} tune different biases; their deltas cannot be added."
                 )
-        config = copy.deepcopy(self.peft_config[adapters[0]])
+        config: Any = copy.deepcopy(self.peft_config[adapters[0]])
         config.new()
         self.peft_config[adapter_name] = config
         try:
@@ -294,7 +287,7 @@ class BitFitModel(BaseTuner):
 
     # --- unloading ---
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -319,7 +312,7 @@ class BitFitModel(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: BitFitConfig,
+        config: Any,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
@@ -347,7 +340,7 @@ class BitFitModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: BitFitConfig,
+        config: Any,
         adapter_name: str,
         state_dict: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:

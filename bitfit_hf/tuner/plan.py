@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -157,8 +158,8 @@ def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list
             module, (BitFitLayer, BitFitHead)
         ):
             raise UnsupportedLayerError(
-                f"{name} is wrapped by another PEFT method already ({type(module).__name__}). BitFit cannot be mixed with "
-                "it on one model: unload that adapter first, or load a fresh base."
+                f"{name} is wrapped by another PEFT method already ({type(module).__name__}). BitFit cannot be mixed "
+                "with it on one model: unload that adapter first, or load a fresh base."
             )
 
 
@@ -210,7 +211,7 @@ def _values(
     if config.revision is None:
         values["revision"] = getattr(model_config, "_commit_hash", None)
     if config.task_type is None and isinstance(model, PreTrainedModel):
-        values["task_type"] = _task_type(type(model).__name__, model_config)
+        values["task_type"] = _task_type(model)
         if values["task_type"] is None and config.auto_mapping is None:
             # For AutoPeftModel, which needs one or the other.
             values["auto_mapping"] = {
@@ -220,10 +221,15 @@ def _values(
     return values
 
 
-def _task_type(class_name: str, model_config: Any) -> str | None:
+def _task_type(model: PreTrainedModel) -> str | None:
+    name = type(model).__name__
     for ending, task_type in _TASK_TYPES.items():
-        if class_name.endswith(ending):
+        if name.endswith(ending):
             return task_type
-    if class_name.endswith("ForConditionalGeneration") and getattr(model_config, "is_encoder_decoder", False):
+    # PEFT's wrappers for the tasks below hand these on to any model, also to one that knows nothing of them (Whisper,
+    # CLIP). Its plain wrapper hands on what it gets.
+    if not {"input_ids", "inputs_embeds"} <= set(inspect.signature(type(model).forward).parameters):
+        return None
+    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    return "FEATURE_EXTRACTION" if class_name.endswith("Model") else None
+    return "FEATURE_EXTRACTION" if name.endswith("Model") else None

@@ -10,7 +10,6 @@ and nothing is ever swapped or written while the model runs, which makes reading
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -41,8 +40,16 @@ def stock_class(layer: nn.Module) -> type[nn.Module]:
     return getattr(type(layer), "_bitfit_stock_class", type(layer))
 
 
-@cache
+_reading_classes: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
 def _reading_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
+    if (cls, parameters) not in _reading_classes:
+        _reading_classes.setdefault((cls, parameters), _make_reading_class(cls, parameters))
+    return _reading_classes[cls, parameters]
+
+
+def _make_reading_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn.Module]:
     # Under the stock name, since some libraries look at the name of a layer's class.
     body: dict[str, Any] = {name: _reading_property(name) for name in parameters}
     body |= {
@@ -57,11 +64,11 @@ def _reading_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> type[nn
 
 
 def _reading_property(name: str) -> property:
-    def read(layer: nn.Module) -> torch.Tensor | None:
+    def read(layer: Any) -> torch.Tensor | None:
         stored = layer._parameters[name] if name in layer._parameters else layer.__dict__.get(f"_{name}_view")
-        return layer._bitfit_owner[0].effective_bias(name, stored)  # type: ignore[union-attr]
+        return layer._bitfit_owner[0].effective_bias(name, stored)
 
-    def write(layer: nn.Module, value: torch.Tensor | None) -> None:
+    def write(layer: Any, value: torch.Tensor | None) -> None:
         # Parameters never come here, `nn.Module.__setattr__` files them. FSDP1 takes the parameter out and puts a
         # view of its flat buffer in its place.
         layer.__dict__[f"_{name}_view"] = value

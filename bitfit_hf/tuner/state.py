@@ -155,7 +155,7 @@ def forget_configs(root: nn.Module) -> None:
     if not getattr(root, "peft_config", None):
         vars(root).pop("peft_config", None)
         if "_hf_peft_config_loaded" in vars(root):
-            root._hf_peft_config_loaded = False
+            vars(root)["_hf_peft_config_loaded"] = False
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -168,8 +168,9 @@ class StrictLoader:
     """Stands in for `model._load_pretrained_model` while transformers loads one adapter.
 
     `AutoModelFor….from_pretrained(<delta>)` and `model.load_adapter` inject the adapter, read its file, and have no
-    hook after that: missing or broken tensors would pass in silence, and the model's dtype would be forced on a float32
-    delta. The one seam is the method that they call on the instance. This replacement removes itself when called.
+    hook after that: missing or broken tensors would pass in silence, and the model's dtype would be forced on a
+    float32 delta. The one seam is the method that they call on the instance. This replacement removes itself when
+    called.
 
     Args:
         adapter_name (`str`): The adapter that is being loaded.
@@ -178,23 +179,21 @@ class StrictLoader:
     def __init__(self, adapter_name: str) -> None:
         self.adapter_name = adapter_name
 
-    def __call__(
-        self, model: nn.Module, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any
-    ) -> Any:
+    def __call__(self, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any) -> Any:
         from transformers.utils.loading_report import LoadStateDictInfo
 
         from ..files import read_tensors
 
         vars(model).pop("_load_pretrained_model", None)
-        if next(reversed(model.peft_config)) != self.adapter_name:  # type: ignore[arg-type]
-            return model._load_pretrained_model(  # type: ignore[operator]
+        if next(reversed(model.peft_config)) != self.adapter_name:
+            return model._load_pretrained_model(
                 model=model,
                 state_dict=state_dict,
                 checkpoint_files=checkpoint_files,
                 load_config=load_config,
                 **kwargs,
             )
-        config = model.peft_config[self.adapter_name]  # type: ignore[index]
+        config = model.peft_config[self.adapter_name]
         try:
             tensors = state_dict
             if not tensors:
