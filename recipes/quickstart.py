@@ -1,8 +1,8 @@
 """Trains one or more tasks with BitFit through a stock `Trainer`, and shows what it brought and that it can be loaded.
 
 For each task: the metric of the untuned model, of a frozen body (only the new head is trained) and of BitFit; a folder
-with the delta, its card and a picture of the changed biases; and the proof that a fresh stock model with that delta
-*is* the tuned one. One CPU or GPU, one run, one seed, no search: the figures are no benchmark.
+with the delta; and the proof that a fresh stock model with that delta *is* the tuned one. One CPU or GPU, one run, one
+seed, no search: the figures are no benchmark.
 
     python recipes/quickstart.py
     python recipes/quickstart.py --task rte --data_dir path/to/glue --epochs 8 --learning_rate 2e-3
@@ -263,14 +263,8 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     trainer.save_model(folder)
 
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
-    batch = tokenizer.pad(
-        [
-            {name: row[name] for name in tokenizer.model_input_names if name in row}
-            for row in evaluation.select(range(32))
-        ],
-        return_tensors="pt",
-    )
-    difference = check_loaded(model, loaded, dict(batch))
+    batch = next(iter(trainer.get_eval_dataloader()))
+    difference = check_loaded(model, loaded, {name: tensor.cpu() for name, tensor in batch.items()})
     console.print(
         f"Loaded {folder} onto a fresh stock model: {len(loaded.state_dict())} tensors bit-identical, "
         f"logits within {difference:.0e}."
