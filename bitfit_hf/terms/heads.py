@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from peft import TaskType
 from torch import nn
@@ -28,9 +28,9 @@ _PRE_TRAINED_HEAD = re.compile(
 # Backbones: no output layers at all. Such a class is its own `base_model`.
 _BACKBONE = re.compile(r"(Model|Encoder|Decoder|Backbone|Stack|Transformer)$")
 
-# Classes where that does not say it, most of them because they are their own backbone (`base_model` is the model
-# itself): the head's roots.
-_OWN_BACKBONE: dict[str, tuple[str, ...]] = {
+# Classes that the two rules above do not fit, most of them because they are their own backbone (`base_model` is the
+# model itself): the roots of their head.
+_NAMED_HEADS: dict[str, tuple[str, ...]] = {
     "BlipForQuestionAnswering": (),  # it generates the answer with its pre-trained decoder
     "CLIPForImageClassification": ("classifier",),
     "GPT2DoubleHeadsModel": ("multiple_choice_head",),
@@ -100,7 +100,7 @@ def head_modules(
     if unmatched:
         raise NoMatchError(
             f"modules_to_save does not fit {type(root).__name__}:{collect(unmatched)}\n"
-            f"Pass module paths of the model, or the dotted end of some."
+            "Pass module paths of the model, or the dotted end of some."
         )
     # PEFT's automatic names alone say nothing about a class that has no rule and none of these modules.
     settled = entries is not None and (bool(added) or not set(entries) or not set(entries) <= _AUTOMATIC)
@@ -113,52 +113,68 @@ def _class_head(root: nn.Module, modules: dict[str, nn.Module], task: str | None
         return []
     if not isinstance(root, PreTrainedModel):
         return []
-    names = [cls.__name__ for cls in type(root).__mro__ if issubclass(cls, PreTrainedModel)]
-    for name in names:
-        if name in _OWN_BACKBONE:
-            return [leaf for top in _OWN_BACKBONE[name] if top in modules for leaf in _leaves(modules, top)]
+    backbone = stock_module(root.base_model)
+    for name in _class_names(root):
+        if name in _NAMED_HEADS:
+            return [leaf for top in _NAMED_HEADS[name] for leaf in _leaves(modules, top)]
         if _NEW_HEAD.search(name):
-            backbone = stock_module(root.base_model)
-            if backbone is not root:
-                return [leaf for leaf in _leaves(modules, "") if not _lies_in(leaf, modules, backbone)]
+            leaves = [] if backbone is root else _leaves_outside(modules, backbone)
+            if leaves or (backbone is not root and not _holds_parameters(root)):
+                return leaves
             break
-        if _PRE_TRAINED_HEAD.search(name) or (_BACKBONE.search(name) and stock_module(root.base_model) is root):
+        if _PRE_TRAINED_HEAD.search(name) or (_BACKBONE.search(name) and backbone is root):
             return []
     if settled:
         return []
+    children = [path for path, module in modules.items() if "." not in path and _has_parameters(module)]
     raise UnknownHeadError(
-        f"It is not known which modules of {type(root).__name__} are the new task head"
-        + (" (it holds its backbone itself)" if stock_module(root.base_model) is root else "")
-        + ". Name them with modules_to_save=[...], or pass modules_to_save=[] if everything in it is pre-trained. "
-        f"Its direct children with parameters are: "
-        f"{', '.join(path for path, module in modules.items() if '.' not in path and _has_parameters(module))}."
+        f"It is not known which modules of {type(root).__name__} are the new task head. Name them with "
+        "modules_to_save=[...], or pass modules_to_save=[] if everything in it is pre-trained. "
+        f"Its parts with parameters are: {', '.join(children)}."
     )
 
 
-def _lies_in(path: str, modules: dict[str, nn.Module], ancestor: nn.Module) -> bool:
-    parts = path.split(".")
-    return any(modules[".".join(parts[:end])] is ancestor for end in range(1, len(parts) + 1))
+def _class_names(model: PreTrainedModel) -> Iterator[str]:
+    """The name of the model's class and of those that it derives from, down to the architecture's own base class."""
+    for cls in type(model).__mro__:
+        if cls.__name__.endswith("PreTrainedModel"):
+            return
+        if issubclass(cls, PreTrainedModel):
+            yield cls.__name__
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def _holds_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
+
+
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether `module` works as one piece: its forward uses its parameters (and its children's) by itself."""
+    """Whether `module` is called as one piece: either it has no parts, or its forward reads their weights itself."""
     if isinstance(module, nn.MultiheadAttention) or nn.utils.parametrize.is_parametrized(module):
         return True
-    holds = any(parameter is not None for parameter in module._parameters.values())
-    return holds and not any(child is not None and _has_parameters(child) for child in module._modules.values())
+    if type(module).__name__ == "TDNNLayer":  # of the x-vector heads
+        return True
+    return _holds_parameters(module) and not any(map(_has_parameters, module.children()))
 
 
-def _leaves(modules: dict[str, nn.Module], top: str) -> list[str]:
+def _leaves(modules: Mapping[str, nn.Module], top: str) -> list[str]:
     """Paths of the leaf modules that hold parameters, at or below `top`."""
+    return _leaves_of({path: module for path, module in modules.items() if f"{path}.".startswith(f"{top}.")})
+
+
+def _leaves_outside(modules: Mapping[str, nn.Module], backbone: nn.Module) -> list[str]:
+    """Paths of the leaf modules that hold parameters and do not lie in `backbone`."""
+    starts = tuple(f"{path}." for path, module in modules.items() if module is backbone)
+    return _leaves_of({path: module for path, module in modules.items() if not f"{path}.".startswith(starts)})
+
+
+def _leaves_of(modules: Mapping[str, nn.Module]) -> list[str]:
     leaves: list[str] = []
-    for path, module in modules.items():
-        if top and path != top and not path.startswith(top + "."):
-            continue
-        if not any(path.startswith(leaf + ".") for leaf in leaves) and _is_leaf(module):
+    for path, module in modules.items():  # a module's parts follow right after it
+        if not (leaves and path.startswith(f"{leaves[-1]}.")) and _is_leaf(module):
             leaves.append(path)
     return leaves
 

@@ -104,7 +104,7 @@ def select_biases(
 
     Raises:
         UnknownTermError: If `bias_terms` names no known term.
-        NoBiasesError: If the model has no bias at all, and none is to be added.
+        NoBiasesError: If the model has no bias at all, or none of these terms, and none is to be added.
         NoMatchError: If an argument matches nothing, or the arguments have nothing in common.
         UnknownHeadError: If it is not known what the model's head is.
         ConfigError: If an argument has the wrong type.
@@ -130,31 +130,28 @@ def select_biases(
     candidates = _outside_head(survey, head)
     named = {term for name in named_terms(bias_terms) if name != "all" for term in resolve_terms(name)}
     usable = [
-        found.bias
-        for found in candidates
-        if found.bias.exists or (add_missing_biases and _may_be_added(found, named))
+        found.bias for found in candidates if found.bias.exists or (add_missing_biases and _may_be_added(found, named))
     ]
     if not usable:
-        raise NoBiasesError(_no_biases_message(survey, candidates, add_missing_biases))
+        raise NoBiasesError(_no_biases_message(survey, candidates))
 
-    filters = [_Filter("bias_terms", bias_terms, lambda bias: bias.term in terms)]
+    rules = [_Rule("bias_terms", bias_terms, lambda bias: bias.term in terms)]
     if targets is not None:
-        filters.append(_Filter("target_modules", target_modules, lambda bias: _fits_bias(survey, bias, targets)))
+        rules.append(_Rule("target_modules", target_modules, lambda bias: _fits_bias(survey, bias, targets)))
     if excluded is not None:
-        filters.append(
-            _Filter("exclude_modules", exclude_modules, lambda bias: not _fits_bias(survey, bias, excluded))
-        )
+        rules.append(_Rule("exclude_modules", exclude_modules, lambda bias: not _fits_bias(survey, bias, excluded)))
     if layers is not None:
-        filters.append(_Filter("layers_to_transform", layers_to_transform, lambda bias: bias.layer in layers))
-    chosen = [bias for bias in usable if all(filter.keeps(bias) for filter in filters)]
+        rules.append(_Rule("layers_to_transform", layers_to_transform, lambda bias: bias.layer in layers))
+    chosen = [bias for bias in usable if all(rule.keeps(bias) for rule in rules)]
     if not chosen:
         addable = [] if add_missing_biases else [found.bias for found in candidates if _may_be_added(found, named)]
-        raise NoMatchError(_no_match_message(survey, usable, addable, filters))
+        absent = not any(bias.term in terms for bias in usable)
+        raise (NoBiasesError if absent else NoMatchError)(_nothing_left_message(survey, usable, addable, rules))
     return chosen
 
 
 @dataclass(frozen=True)
-class _Filter:
+class _Rule:
     """One argument of [`select_biases`] and what it keeps."""
 
     argument: str
@@ -223,7 +220,7 @@ def _check_layers(layers: int | Sequence[int] | None) -> set[int] | None:
 
 def _fits(survey: Survey, path: str, names: str | list[str]) -> bool:
     """Whether a module fits `target_modules` or `exclude_modules`, by PEFT's rules."""
-    if names == "all-linear":
+    if isinstance(names, str) and names.lower() == "all-linear":
         return kind_of(survey.modules[path]) == LINEAR
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
@@ -263,27 +260,27 @@ def _check_range(survey: Survey, layers: set[int] | None) -> None:
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def _no_biases_message(survey: Survey, candidates: list[Found], add_missing_biases: bool) -> str:
+def _no_biases_message(survey: Survey, candidates: list[Found]) -> str:
     message = f"{type(survey.root).__name__} has no bias terms outside its head, so there is nothing to tune."
     if any(_may_be_added(found, set()) for found in candidates):
         return f"{message} Pass add_missing_biases=True to give each targeted projection a bias that starts at zero."
-    if add_missing_biases:
-        return f"{message} It has no projection either that add_missing_biases=True could give one."
     return f"{message} It has no projection either that could be given one."
 
 
-def _no_match_message(survey: Survey, usable: list[Bias], addable: list[Bias], filters: list[_Filter]) -> str:
+def _nothing_left_message(survey: Survey, usable: list[Bias], addable: list[Bias], rules: list[_Rule]) -> str:
+    name = type(survey.root).__name__
     steps, left = [], usable
-    for filter in filters:
-        left = [bias for bias in left if filter.keeps(bias)]
-        steps.append(f"{filter.argument}={filter.value!r} leaves {len(left) or 'none'}")
+    for rule in rules:
+        if rule.value == "all":
+            continue
+        left = [bias for bias in left if rule.keeps(bias)]
+        steps.append(f"{rule.argument}={rule.value!r} leaves {len(left) or 'none'}")
         if not left:
             break
-    present = [term for term in TERMS if any(bias.term == term for bias in usable)]
-    message = (
-        f"Nothing is left to tune in {type(survey.root).__name__}: of its {len(usable)} bias terms "
-        f"{', of these '.join(steps)}. The terms it has are {', '.join(present)}."
-    )
-    if any(all(filter.keeps(bias) for filter in filters) for bias in addable):
+    message = f"Nothing is left to tune in {name}: of its {len(usable)} bias terms {', of these '.join(steps)}."
+    if not any(rules[0].keeps(bias) for bias in usable):
+        present = [term for term in TERMS if any(bias.term == term for bias in usable)]
+        message += f" The terms it has are {', '.join(present)}."
+    if any(all(rule.keeps(bias) for rule in rules) for bias in addable):
         message += " Pass add_missing_biases=True to give the modules that fit, but have no bias, one."
     return message

@@ -235,8 +235,7 @@ def _enter(path: str, module: nn.Module, context: _Context) -> _Context:
         if family is None and context.family is None:
             context = replace(context, output_embeddings=_output_embeddings(module) or context.output_embeddings)
         elif family is not None and family is not context.family:
-            names = _relative(path, context.start).split(".")
-            stack = next((STACKS[name] for name in names if name in STACKS), context.stack)
+            stack = _named_stack(_relative(path, context.start), default=context.stack)
             context = _Context(start=path, family=family, config=module.config, stack=stack)
     if context.family is None:
         table = next((table for layer_type, table in TORCH_LAYERS if isinstance(module, layer_type)), None)
@@ -274,9 +273,10 @@ def _place(path: str, module: nn.Module, context: _Context) -> _Place:
         inner, stack = _relative(path, block), _stack_without_family(block)
     else:
         match = _NUMBERED.match(path)
+        stack = _named_stack(path)
         if match:
             block, inner = match.group(1), _relative(path, match.group(1))
-            stack = _stack_without_family(block)
+            stack = _stack_without_family(match.group(1))
     return _Place(module, kind_of(module), stack, block, inner, table, context)
 
 
@@ -286,7 +286,11 @@ def _relative(path: str, start: str) -> str:
 
 def _stack_without_family(block: str) -> str:
     container = block.rpartition(".")[0]
-    return next((STACKS[part] for part in container.split(".") if part in STACKS), container)
+    return _named_stack(container) or container
+
+
+def _named_stack(path: str, default: str = "") -> str:
+    return next((STACKS[part] for part in path.split(".") if part in STACKS), default)
 
 
 def _number_layers(places: Iterable[_Place]) -> dict[str, int]:
