@@ -165,6 +165,7 @@ class BitFitConfig(PeftConfig):
         """Makes the configuration of an existing adapter that of a new one on the same base."""
         self.loaded()
         self._digest_of_last_state = None
+        self.run = None
 
     def about_to_save(self, digest: str) -> None:
         """Called with the digest of the tensors of a state dict; a configuration saved next belongs to them."""

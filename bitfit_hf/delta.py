@@ -355,7 +355,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     def __mul__(self, factor: float) -> BiasDelta:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
-        return self._like({name: tensor * factor for name, tensor in self.items()}, self.head)
+        return self._like({name: tensor * factor for name, tensor in self.items()}, self)
 
     __rmul__ = __mul__
 
@@ -385,21 +385,16 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             torch.equal(tensor, other.head[name]) for name, tensor in self.head.items()
         )
         keeper = self if same or not other.head else other if not self.head else None
-        result = self._like(tensors, keeper.head if keeper else {}, also=other)
-        if keeper is None:
-            result.config.modules_to_save = result.config.num_labels = result.config.id2label = None
-            result.config.problem_type = None
-        elif keeper is other:
-            for name in ("modules_to_save", "num_labels", "id2label", "problem_type"):
-                setattr(result.config, name, copy.deepcopy(getattr(other.config, name)))
-        return result
+        return self._like(tensors, keeper, also=other)
 
     def _like(
-        self, tensors: Mapping[str, torch.Tensor], head: Mapping[str, torch.Tensor], also: BiasDelta | None = None
+        self, tensors: Mapping[str, torch.Tensor], head_of: BiasDelta | None, also: BiasDelta | None = None
     ) -> BiasDelta:
+        """A delta of these tensors, with the head of `head_of`, that tunes what this one and `also` tune."""
         config = copy.deepcopy(self.config)
         config.new()
-        config.run = None
+        for name in ("modules_to_save", "num_labels", "id2label", "problem_type"):
+            setattr(config, name, copy.deepcopy(getattr(head_of.config, name)) if head_of and head_of.head else None)
         if also is not None:
             config.bias_layout = {**(also.config.bias_layout or {}), **(config.bias_layout or {})}
             mine, theirs = config.base_fingerprint, also.config.base_fingerprint
@@ -411,10 +406,9 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             for name in ("target_modules", "exclude_modules", "layers_to_transform"):
                 if getattr(self.config, name) != getattr(also.config, name):
                     setattr(config, name, None)
-        if not head:
-            config.modules_to_save = None
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        return BiasDelta(tensors, config=config, head={name: tensor.clone() for name, tensor in head.items()})
+        head = head_of.head if head_of else {}
+        copies = [{name: tensor.clone() for name, tensor in group.items()} for group in (tensors, head)]
+        return BiasDelta(copies[0], config=config, head=copies[1])
 
     def _check_same_base(self, other: BiasDelta) -> None:
         mine = (self.config.base_fingerprint or {}).get("tensors", {})
