@@ -33,9 +33,9 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     r"""
     The difference `δ = b_F − b_0` of every tuned bias, and the head that was trained with it.
 
-    A mapping from the stock names of the biases, `"bert.encoder.layer.0.attention.self.query.bias"`, to float32 tensors
-    on the CPU. Of a fused vector of which only some terms are tuned (GPT-2's `c_attn.bias` with `bias_terms="query"`)
-    it holds the tuned slice.
+    A mapping from the stock names of the biases, `"bert.encoder.layer.0.attention.self.query.bias"`, to float32
+    tensors on the CPU. Of a fused vector of which only some terms are tuned (GPT-2's `c_attn.bias` with
+    `bias_terms="query"`) it holds the tuned slice.
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`): The deltas by stock name.
