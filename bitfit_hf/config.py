@@ -131,6 +131,8 @@ class BitFitConfig(PeftConfig):
         # that the user gave, or that came with a delta, wins over it.
         self._given_base = self.base_model_name_or_path
         self._digest_of_last_state: str | None = None
+        # Whether it comes from a file whose tensors are still to be loaded.
+        self.pending = self.bitfit_version is not None
         self.run: TrainingRun | None = None  # of the training that is under way, for the model card
 
     def _check_labels(self) -> None:
@@ -151,13 +153,9 @@ class BitFitConfig(PeftConfig):
 
     # --- the life of a configuration ---
 
-    @property
-    def is_saved(self) -> bool:
-        """Whether it was read from a file whose tensors are still to be loaded."""
-        return self.bitfit_version is not None
-
     def loaded(self) -> None:
         """Called when the tensors that belong to the configuration are in the model; from now on they may change."""
+        self.pending = False
         self.bitfit_version = None
         self.weights_digest = None
 

@@ -73,7 +73,7 @@ class BitFitHead(ModulesToSaveWrapper):
     ) -> None:
         """Adds `adapter_name`'s copy of the module; `num_labels` rebuilds it with that many outputs."""
         if adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = _float32_copy(self.original_module, num_labels)
+            self.modules_to_save[adapter_name] = float32_copy(self.original_module, num_labels)
         super().update(adapter_name, **kwargs)
 
     def forget(self, adapter_name: str) -> None:
@@ -184,7 +184,8 @@ class BitFitHead(ModulesToSaveWrapper):
         return module.to(dtype)
 
 
-def _float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
+def float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
+    """An adapter's copy of a leaf of the head; `num_labels` rebuilds it with that many outputs."""
     if num_labels is None or num_labels == output_size(module):
         clone = copy.deepcopy(module).float()
     elif isinstance(module, (nn.Linear, Conv1D)):

@@ -22,6 +22,7 @@ from ..terms import Bias
 from ..terms.structure import stock_module
 from .head import BitFitHead
 from .layer import PREFIX, BitFitLayer
+from .loading import loading_in_progress
 from .merging import prepare_merge
 from .mixed import RowCheck, batch_size, check_adapter_names, rows_of_one_example
 from .plan import Plan, make_plan
@@ -68,7 +69,7 @@ class BitFitModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = BitFitLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012: as PEFT declares it
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # as PEFT declares it
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class BitFitModel(BaseTuner):
                 del configs[adapter_name]
             forget_configs(model)
             raise
-        if in_place and config.is_saved and isinstance(model, PreTrainedModel):
+        if in_place and config.pending and isinstance(model, PreTrainedModel):
             model.__dict__["_load_pretrained_model"] = StrictLoader(adapter_name)
 
     # --- injection ---
@@ -120,7 +121,14 @@ class BitFitModel(BaseTuner):
         """
         config: Any = self.peft_config[adapter_name]
         config.restore_given_base()
-        plan = make_plan(model, config, adapter_name, only=state_dict)
+        loading = loading_in_progress()
+        if loading is None:
+            plan = make_plan(model, config, adapter_name, only=state_dict)
+        else:
+            config.pending = True
+            tensors = loading.read(config)
+            plan = make_plan(model, config, adapter_name, only=state_dict)
+            plan.check_fit(model, tensors, where=f"adapter {adapter_name!r}")
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
 
@@ -349,7 +357,7 @@ class BitFitModel(BaseTuner):
         try:
             load_tensors(model, adapter_name, state_dict, expected_digest=config.weights_digest)
         except BaseException:
-            if config.is_saved:  # not a reload into an adapter that was here before
+            if config.pending:  # not a reload into an adapter that was here before
                 remove_adapter(model, adapter_name)
             raise
         config.loaded()

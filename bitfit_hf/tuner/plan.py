@@ -20,8 +20,10 @@ from ..files import KEY_PREFIX
 from ..fingerprint import check_base, fingerprint
 from ..layout import encode_layout
 from ..terms import Bias, find_biases, head_modules, select_biases
-from .head import BitFitHead, Labels, output_size
+from ..terms.structure import stock_root, walk
+from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
+from .state import check_fit
 
 # PEFT's task types by how the names of transformers' classes end.
 _TASK_TYPES = {
@@ -62,6 +64,27 @@ class Plan:
             grouped[bias.module].append(bias)
         return grouped
 
+    def check_fit(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
+        """Compares the tensors of a file with those that the adapter is going to have.
+
+        Raises:
+            [`DeltaMismatchError`]: They differ; all differences are named at once.
+        """
+        expected: dict[str, torch.Tensor] = {}
+        with torch.device("meta"):
+            for module, biases in self.by_module().items():
+                for parameter in dict.fromkeys(bias.parameter for bias in biases):
+                    chosen = [bias for bias in biases if bias.parameter == parameter]
+                    size = sum(bias.num_parameters for bias in chosen)
+                    whole = size == torch.Size(chosen[0].shape).numel()
+                    expected[f"{module}.{PREFIX}{parameter}"] = torch.empty(chosen[0].shape if whole else (size,))
+        modules = dict(walk(stock_root(model)))
+        for path in self.head:
+            labels = self.labels.num_labels if self.labels is not None and path == self.logits else None
+            for name, tensor in float32_copy(modules[path], labels).state_dict().items():
+                expected[f"{path}.{name}"] = tensor
+        check_fit(expected, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, where=where)
+
     def describe(self, config: BitFitConfig) -> None:
         """Writes into the configuration what was found out."""
         for name, value in self.values.items():
@@ -86,6 +109,7 @@ def make_plan(
         [`BitFitError`]: Of the kind that says what is wrong, see [`select_biases`] and [`check_base`].
     """
     _check_name(model, adapter_name)
+    _check_head(model, config)
     check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
     head = head_modules(model, task_type=config.task_type, modules_to_save=config.modules_to_save)
     biases = select_biases(
@@ -134,6 +158,20 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
     if adapter_name in taken:
         # PEFT finds the tensors of other adapters by their name in the path, and would leave this module out.
         raise AdapterNameError(f"The model has a module named {adapter_name!r}; choose another name for the adapter.")
+
+
+def _check_head(model: nn.Module, config: BitFitConfig) -> None:
+    """A delta's head needs a model that has one; it is missing where a backbone or a language model is loaded."""
+    if not config.pending or not config.modules_to_save:
+        return
+    paths = {path for path, _ in walk(stock_root(model))}
+    if not any(path == name or path.endswith(f".{name}") for name in config.modules_to_save for path in paths):
+        names = [name for name in config.modules_to_save if "." in name] or config.modules_to_save
+        raise DeltaMismatchError(
+            f"The delta has a head ({', '.join(names)}; task type {config.task_type}), and {type(model).__name__} has "
+            "no such modules. Load the base with the class of its task, such as "
+            "`AutoModelForSequenceClassification`."
+        )
 
 
 def _restrict(biases: list[Bias], only: Mapping[str, torch.Tensor]) -> list[Bias]:

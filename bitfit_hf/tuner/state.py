@@ -154,8 +154,7 @@ def forget_configs(root: nn.Module) -> None:
     """Removes what marks a stock model as having adapters, once it has none."""
     if not getattr(root, "peft_config", None):
         vars(root).pop("peft_config", None)
-        if "_hf_peft_config_loaded" in vars(root):
-            vars(root)["_hf_peft_config_loaded"] = False
+        vars(root).pop("_hf_peft_config_loaded", None)  # the class says False
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:

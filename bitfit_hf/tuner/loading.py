@@ -1,0 +1,111 @@
+"""The files behind an adapter that a stock way of loading is about to inject.
+
+`PeftModel.from_pretrained`, `PeftModel.load_adapter` and transformers' `load_adapter` inject an adapter first and look
+at its weights afterwards; the tuner is given neither the weights nor their place. A file that is missing, damaged or
+pickled would then leave an untrained adapter behind in the user's model. What they were asked to load is among their
+arguments, so these are read off the call stack, and the files are checked before anything is injected.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers.integrations.peft import PeftAdapterMixin
+
+from ..config import BitFitConfig
+from ..errors import DeltaFormatError
+from ..files import check_digest, check_values, read_pair
+
+# The frames between the tuner and a way of loading: the tuner's, and the constructors of PEFT's wrappers.
+_MAX_DEPTH = 10
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a stock way of loading was asked for.
+
+    Args:
+        path_or_repo (`str`, *optional*): A folder or a repo on the Hub.
+        hub_kwargs (`Mapping[str, Any]`): What goes to huggingface_hub.
+        tensors (`Mapping[str, torch.Tensor]`, *optional*): The tensors themselves, where no file is read.
+    """
+
+    path_or_repo: str | None
+    hub_kwargs: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor] | None = None
+
+    def read(self, config: BitFitConfig) -> Mapping[str, torch.Tensor]:
+        """Reads and checks the tensors.
+
+        Args:
+            config ([`BitFitConfig`]):
+                What was read of the configuration. Where a save was cut short between its two files, it is replaced
+                by the values that belong to the tensors.
+
+        Returns:
+            `Mapping[str, torch.Tensor]`: By their key in the file.
+
+        Raises:
+            [`DeltaNotFoundError`], [`DeltaFormatError`], [`DeltaIOError`]: They cannot be used.
+        """
+        if self.tensors is not None:
+            check_values(self.tensors, where="the state dict")
+            return self.tensors
+        from ..hub import fetch_delta
+
+        assert self.path_or_repo is not None
+        known = inspect.signature(fetch_delta).parameters
+        kwargs = {name: value for name, value in self.hub_kwargs.items() if name in known and value is not None}
+        folder = fetch_delta(self.path_or_repo, **kwargs)
+        values, tensors = read_pair(folder)
+        where = self.path_or_repo
+        check_values(tensors, where=where)
+        if config.weights_digest not in (None, values.get("weights_digest")):
+            if values.get("peft_type") != config.peft_type:
+                raise DeltaFormatError(f"{where}: its configuration changed while it was being loaded; try again.")
+            inference_mode = config.inference_mode
+            vars(config).update(vars(BitFitConfig.from_peft_type(**values)), inference_mode=inference_mode)
+        check_digest(tensors, config.weights_digest, where=where)
+        return tensors
+
+
+def loading_in_progress() -> Loading | None:
+    """What the stock way of loading that called the tuner was asked for; `None` where an adapter is made anew."""
+    frame = sys._getframe(1)
+    for _ in range(_MAX_DEPTH):
+        if frame is None:
+            break
+        read = _CALLERS.get(frame.f_code)
+        if read is not None:
+            return read(frame.f_locals)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _of_peft(arguments: Mapping[str, Any]) -> Loading:
+    return Loading(os.fspath(arguments["model_id"]), arguments.get("hf_hub_download_kwargs") or arguments["kwargs"])
+
+
+def _of_transformers(arguments: Mapping[str, Any]) -> Loading:
+    tensors = arguments["adapter_state_dict"]
+    path = arguments["peft_model_id"]
+    return Loading(None if path is None else os.fspath(path), arguments["load_config"].download_kwargs, tensors)
+
+
+def _code(function: Any) -> CodeType:
+    return inspect.unwrap(getattr(function, "__func__", function)).__code__
+
+
+_CALLERS: dict[CodeType, Callable[[Mapping[str, Any]], Loading]] = {
+    _code(PeftModel.from_pretrained): _of_peft,
+    _code(PeftModel.load_adapter): _of_peft,
+    _code(PeftAdapterMixin.load_adapter): _of_transformers,
+}
