@@ -19,6 +19,7 @@ __all__ = [
     "DeltaMismatchError",
     "DeltaNotFoundError",
     "MergeError",
+    "MissingDependencyError",
     "NoBiasesError",
     "NoMatchError",
     "OptimizerError",
@@ -102,6 +103,10 @@ class PushError(BitFitError, OSError):
 
 class TaskBankError(BitFitError, ValueError):
     """A request to a [`TaskBank`] cannot be answered; the bank is as it was."""
+
+
+class MissingDependencyError(BitFitError, ImportError):
+    """An optional package is needed that is not installed; the message names the extra that brings it."""
 
 
 class RegistrationError(BitFitError, RuntimeError):
