@@ -25,6 +25,7 @@ __all__ = [
     "OptimizerError",
     "PushError",
     "RegistrationError",
+    "StockExportError",
     "TaskBankError",
     "TrainerSetupError",
     "UnknownHeadError",
@@ -99,6 +100,10 @@ class OptimizerError(BitFitError, ValueError):
 
 class PushError(BitFitError, OSError):
     """A push to the Hub was refused or failed; nothing was overwritten."""
+
+
+class StockExportError(BitFitError, ValueError):
+    """A delta cannot be written as an adapter that stock PEFT loads."""
 
 
 class TaskBankError(BitFitError, ValueError):
