@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from peft import PeftConfig
 
 from .errors import ConfigError, collect
+from .files import digest
 from .run import TrainingRun
 from .terms import resolve_terms
 
@@ -62,6 +64,10 @@ class BitFitConfig(PeftConfig):
             Which term and layer each tuned tensor is, see [`bitfit_hf.layout`]; filled in at injection.
         weights_digest (`str`, *optional*):
             SHA-256 over the tensors saved with this configuration; ties the two files of one save together.
+        base_num_parameters (`int`, *optional*):
+            How many parameters the base has without the task head; filled in at injection.
+        run ([`TrainingRun`], *optional*):
+            Facts of the training that the delta comes from; filled in by [`BitFitCallback`], shown in the model card.
         bitfit_version (`str`, *optional*): Version of `bitfit_hf` that wrote the configuration.
 
     Raises:
@@ -108,6 +114,10 @@ class BitFitConfig(PeftConfig):
     weights_digest: str | None = field(
         default=None, metadata={"help": "SHA-256 over the tensors that were saved with this configuration."}
     )
+    base_num_parameters: int | None = field(
+        default=None, metadata={"help": "How many parameters the base has without the task head."}
+    )
+    run: TrainingRun | None = field(default=None, metadata={"help": "Facts of the training, for the model card."})
     bitfit_version: str | None = field(default=None, metadata={"help": "Version of bitfit_hf that wrote this."})
 
     def __post_init__(self) -> None:
@@ -133,7 +143,11 @@ class BitFitConfig(PeftConfig):
         self._digest_of_last_state: str | None = None
         # Whether it comes from a file whose tensors are still to be loaded.
         self.pending = self.bitfit_version is not None
-        self.run: TrainingRun | None = None  # of the training that is under way, for the model card
+        if self.run is not None and not isinstance(self.run, TrainingRun):
+            self.run = TrainingRun.from_dict(self.run)
+        # Facts that were read together with tensors speak of those tensors and no others.
+        self._facts_of = None if self.weights_digest is None else (self.run, self.weights_digest)
+        self._size_of_last_state: int | None = None
 
     def _check_labels(self) -> None:
         if self.id2label is None:
@@ -162,12 +176,21 @@ class BitFitConfig(PeftConfig):
     def new(self) -> None:
         """Makes the configuration of an existing adapter that of a new one on the same base."""
         self.loaded()
-        self._digest_of_last_state = None
+        self._digest_of_last_state = self._size_of_last_state = None
         self.run = None
 
-    def about_to_save(self, digest: str) -> None:
-        """Called with the digest of the tensors of a state dict; a configuration saved next belongs to them."""
-        self._digest_of_last_state = digest
+    def about_to_save(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Called with the tensors of a state dict; a configuration saved next belongs to them."""
+        self._digest_of_last_state = digest(tensors)
+        self._size_of_last_state = sum(tensor.numel() for tensor in tensors.values())
+        run, saved_with = self._facts_of or (None, None)
+        if run is not None and run is self.run and saved_with != self._digest_of_last_state:
+            self.run = None
+
+    @property
+    def size_of_last_state(self) -> int | None:
+        """How many scalars the tensors of the last state dict have, delta and head; `None` before the first."""
+        return self._size_of_last_state
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`."""
@@ -175,6 +198,7 @@ class BitFitConfig(PeftConfig):
 
         values: dict[str, Any] = super().to_dict()
         values["bitfit_version"] = __version__
+        values["run"] = None if self.run is None else self.run.to_dict()
         if self._digest_of_last_state is not None:
             values["weights_digest"] = self._digest_of_last_state
         return values
@@ -237,6 +261,8 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
         "one of regression, single_label_classification, multi_label_classification",
         lambda v: v in ("regression", "single_label_classification", "multi_label_classification"),
     ),
+    "base_num_parameters": _kind("a positive integer", lambda v: _is_int(v) and v > 0),
+    "run": _kind("a mapping", lambda v: isinstance(v, (dict, TrainingRun))),
     "base_fingerprint": _kind("a mapping", lambda v: isinstance(v, dict)),
     "bias_layout": _kind(
         "a mapping of tensor names to places",

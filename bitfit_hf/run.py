@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sized
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, collect
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _PACKAGES = ("bitfit-hf", "transformers", "peft", "torch", "accelerate", "datasets", "tokenizers")
 
@@ -37,6 +44,68 @@ class TrainingRun:
     dataset: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def from_dict(cls, values: Any) -> TrainingRun:
+        """Reads what `adapter_config.json` says of the run; fields of later versions are left out.
+
+        Raises:
+            [`ConfigError`]: A value has the wrong type.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"`run` must be a mapping, got {values!r:.80} ({type(values).__name__}).")
+        known = {item.name for item in fields(cls)}
+        run = cls(**{name: value for name, value in values.items() if name in known})
+        problems = [
+            f"`run.{name}` must be {wanted}" for name, (wanted, good) in _CHECKS.items() if not good(run, name)
+        ]
+        if problems:
+            raise ConfigError(f"adapter_config.json says of the training run what cannot be:{collect(problems)}")
+        return run
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as JSON can hold them: without what is not known, and without NaN and Inf."""
+        values = {
+            name: {k: v for k, v in value.items() if _is_known(v)} if isinstance(value, dict) else value
+            for name, value in asdict(self).items()
+        }
+        return {name: value for name, value in values.items() if _is_known(value) and value != {}}
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mapping(accepts: Callable[[Any], bool]) -> Callable[[TrainingRun, str], bool]:
+    def good(run: TrainingRun, name: str) -> bool:
+        values = getattr(run, name)
+        return isinstance(values, dict) and all(isinstance(k, str) and accepts(v) for k, v in values.items())
+
+    return good
+
+
+def _optional(accepts: Callable[[Any], bool]) -> Callable[[TrainingRun, str], bool]:
+    return lambda run, name: getattr(run, name) is None or accepts(getattr(run, name))
+
+
+_CHECKS: dict[str, tuple[str, Callable[[TrainingRun, str], bool]]] = {
+    "hyperparameters": (
+        "a mapping of names to numbers, strings or booleans",
+        _mapping(lambda value: isinstance(value, (str, bool)) or _is_number(value)),
+    ),
+    "metrics": ("a mapping of names to finite numbers", _mapping(_is_number)),
+    "steps": ("an integer", _optional(lambda value: isinstance(value, int))),
+    "epochs": ("a number", _optional(_is_number)),
+    "train_loss": ("a number", _optional(_is_number)),
+    "seconds": ("a number", _optional(_is_number)),
+    "num_examples": ("an integer", _optional(lambda value: isinstance(value, int))),
+    "dataset": ("a string", _optional(lambda value: isinstance(value, str))),
+    "versions": ("a mapping of names to strings", _mapping(lambda value: isinstance(value, str))),
+}
+
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of those packages of the stack that are installed."""
@@ -47,3 +116,43 @@ def installed_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def training_run(args: TrainingArguments, head_learning_rate: float | None, dataloader: Any) -> TrainingRun:
+    """What is known of a run when it begins.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): Of the Trainer.
+        head_learning_rate (`float`, *optional*): Learning rate of the head where it has one of its own.
+        dataloader (`torch.utils.data.DataLoader`): Of the training data.
+    """
+    dataset = getattr(dataloader, "dataset", None)
+    builder = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return TrainingRun(
+        hyperparameters={
+            "learning_rate": args.learning_rate,
+            "head_learning_rate": head_learning_rate,
+            "train_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
+            "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+            "max_steps": args.max_steps if args.max_steps > 0 else None,
+            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "warmup_steps": args.warmup_steps or None,
+            "weight_decay": args.weight_decay,
+            "max_grad_norm": args.max_grad_norm,
+            "optim": str(getattr(args.optim, "value", args.optim)),
+            "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
+            "seed": args.seed,
+        },
+        num_examples=len(dataset) if isinstance(dataset, Sized) else None,
+        dataset=builder,
+        versions=installed_versions(),
+    )
+
+
+def evaluation_metrics(values: dict[str, Any]) -> dict[str, float]:
+    """The metrics among what a Trainer logs of an evaluation, without the `eval_` in front and without speeds."""
+    return {
+        name.removeprefix("eval_"): float(value)
+        for name, value in values.items()
+        if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith("_per_second")
+    }

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
-from ..files import KEY_PREFIX, digest
+from ..files import KEY_PREFIX
 from ..terms import Bias
 from ..terms.structure import stock_module
 from .head import BitFitHead
@@ -336,7 +336,7 @@ class BitFitModel(BaseTuner):
             live = next(key for key in (f"{KEY_PREFIX}{path}", path) if _has(state_dict, key))
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
             saved |= {f"{path}.{k}": v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
-        config.about_to_save(digest(saved))
+        config.about_to_save(saved)
         return deltas
 
     @classmethod

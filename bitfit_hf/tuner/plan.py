@@ -243,6 +243,8 @@ def _values(
         values["problem_type"] = labels.problem_type
     if config.base_fingerprint is None:
         values["base_fingerprint"] = fingerprint(model, biases)
+    if config.base_num_parameters is None:
+        values["base_num_parameters"] = num_base_parameters(model, head) or None
     model_config = getattr(model, "config", None)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
@@ -257,6 +259,26 @@ def _values(
                 "parent_library": type(model).__module__,
             }
     return values
+
+
+def num_base_parameters(model: nn.Module, head: list[str]) -> int:
+    """How many parameters the stock model has outside its task head, whatever is injected; tied ones count once."""
+    leaves = tuple(f"{path}." for path in head)
+    parameters = {
+        id(parameter): _numel(parameter)
+        for path, module in walk(stock_root(model))
+        if not f"{path}.".startswith(leaves)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    return sum(parameters.values())
+
+
+def _numel(parameter: torch.Tensor) -> int:
+    # bitsandbytes packs two 4-bit values into a byte; DeepSpeed leaves an empty parameter behind.
+    if type(parameter).__name__ == "Params4bit":
+        return parameter.numel() * parameter.element_size() * 2
+    return parameter.numel() or getattr(parameter, "ds_numel", 0)
 
 
 def _task_type(model: PreTrainedModel) -> str | None:
