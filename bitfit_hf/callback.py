@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +13,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from .config import BitFitConfig, BitFitPeftType
-from .errors import OptimizerError, TrainerSetupError
-from .files import encode_tensors, write_bytes
-from .optim import check_optimizer, optimizer_groups, trainable_deltas, trainable_head
-from .run import TrainingRun, installed_versions
+from .checkpoint import accept_checkpoints, is_ours, write_checkpoint
+from .config import BitFitConfig
+from .errors import TrainerSetupError
+from .guards import adapter_configs, check_arguments, refuse_other_methods, sharding_engine
+from .optim import base_rates, check_optimizer, head_rate, set_head_rate, trainable_deltas, trainable_head
+from .run import TrainingRun, evaluation_metrics, training_run
 from .terms import SYMBOLS, TERMS
 from .terms.structure import stock_root
 from .tuner.state import head_leaves, is_bitfit, tuned_layers
@@ -31,11 +31,6 @@ logger = logging.getLogger(__name__)
 
 # The paper searched the grid 1e-4, 4e-4, 7e-4, 1e-3. A rate for full fine-tuning leaves the biases where they are.
 LOWEST_SENSIBLE_RATE = 1e-4
-
-# Optimizers of the Trainer that arrange the parameters themselves, by how their names begin.
-_OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
-# Where the rate for the head waits until the Trainer makes its optimizer.
-_HEAD_RATE = "_bitfit_head_learning_rate"
 
 # What a configuration says about the selection; the rest is found out at injection.
 _SELECTION = ("bias_terms", "target_modules", "exclude_modules", "layers_to_transform", "add_missing_biases")
@@ -99,6 +94,8 @@ class BitFitCallback(TrainerCallback):
         self.head_learning_rate = None if head_learning_rate is None else float(head_learning_rate)
         self.adapter_name = adapter_name
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._arguments: weakref.WeakValueDictionary[int, TrainingArguments] = weakref.WeakValueDictionary()
+        self._first_step = False
         self._warned: list[float] = []
 
     # --- setting up ---
@@ -114,30 +111,22 @@ class BitFitCallback(TrainerCallback):
         """Injects the adapter into the Trainer's model, and sees to the optimizer that the Trainer will make."""
         if model is None:
             raise TrainerSetupError("The Trainer has no model to tune.")
-        _refuse_own_groups(args)
-        _refuse_pickle_pushes(args)
-        if not is_bitfit(model) or self.adapter_name not in _configs(model):
+        check_arguments(args)
+        refuse_other_methods(model)
+        self._refuse_best_of_named_adapter(model, args)
+        if not is_bitfit(model) or self.adapter_name not in adapter_configs(model):
             self._inject(model, args)
         else:
             self._check_same_selection(model)
         self._activate(model)
-        _set_head_rate(args, self.head_learning_rate)
+        set_head_rate(model, args, self.head_learning_rate)
+        if not isinstance(model, PeftModel):
+            accept_checkpoints(model)
         self._prepared.add(model)
-        if args.learning_rate < LOWEST_SENSIBLE_RATE and args.learning_rate not in self._warned:
-            self._warned.append(args.learning_rate)
-            logger.warning(
-                "learning_rate=%g is a rate for full fine-tuning, with which biases hardly move. The BitFit paper "
-                "uses 1e-4 to 1e-3, small models want up to 4e-3. Nothing has been changed.",
-                args.learning_rate,
-            )
+        self._arguments[id(args)] = args
 
     def _inject(self, model: nn.Module, args: TrainingArguments) -> None:
         if isinstance(model, PeftModel):
-            if model.peft_type != BitFitPeftType.BITFIT:
-                raise TrainerSetupError(
-                    f"The model is a PeftModel of {model.peft_type}, not of BitFit. Pass a stock model, or one "
-                    "wrapped with `get_peft_model(model, BitFitConfig(...))`."
-                )
             model.add_adapter(self.adapter_name, self._fresh_config())
             return
         if not isinstance(model, PreTrainedModel):
@@ -145,7 +134,7 @@ class BitFitCallback(TrainerCallback):
                 f"{type(model).__name__} is no transformers model, so the callback cannot inject adapters in place. "
                 "Wrap it first: `model = get_peft_model(model, BitFitConfig(...))`."
             )
-        engine = _sharding_engine(args)
+        engine = sharding_engine(args)
         if engine is not None:
             raise TrainerSetupError(
                 f"{engine} saves and loads adapters of a wrapped model only. Wrap it before the Trainer is made: "
@@ -154,12 +143,22 @@ class BitFitCallback(TrainerCallback):
         model.add_adapter(self._fresh_config(), self.adapter_name)
 
     def _fresh_config(self) -> BitFitConfig:
-        return BitFitConfig() if self.config is None else copy.deepcopy(self.config)
+        config = BitFitConfig() if self.config is None else copy.deepcopy(self.config)
+        config.new()  # read from a delta's file it would wait for that delta's tensors
+        return config
+
+    def _refuse_best_of_named_adapter(self, model: nn.Module, args: TrainingArguments) -> None:
+        if args.load_best_model_at_end and isinstance(model, PeftModel) and self.adapter_name != "default":
+            raise TrainerSetupError(
+                f"`load_best_model_at_end` would not load the adapter {self.adapter_name!r}: PEFT saves every adapter "
+                'of a wrapped model but "default" in a folder of its own, where the Trainer does not look. Name the '
+                'adapter "default", or pass the Trainer the stock model: the callback injects an adapter of any name.'
+            )
 
     def _check_same_selection(self, model: nn.Module) -> None:
         if self.config is None:
             return
-        present = _configs(model)[self.adapter_name]
+        present = adapter_configs(model)[self.adapter_name]
         other = {
             name: (getattr(self.config, name), getattr(present, name))
             for name in _SELECTION
@@ -175,7 +174,7 @@ class BitFitCallback(TrainerCallback):
 
     def _activate(self, model: nn.Module) -> None:
         """Makes the adapter the active one, and trainable also if it was loaded for inference."""
-        config = _configs(model)[self.adapter_name]
+        config = adapter_configs(model)[self.adapter_name]
         config.inference_mode = False
         model.set_adapter(self.adapter_name)  # type: ignore[operator]
         for _, layer in tuned_layers(model):
@@ -197,29 +196,8 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         """Checks, before the first step, that the deltas and the head are trained and nothing else."""
         assert model is not None  # the Trainer always passes it
-        sharded = _sharding_engine(args) is not None
-        if not is_bitfit(model):
-            raise TrainerSetupError(
-                "The Trainer's model has no BitFit adapter. Either the callback was added after the Trainer was made: "
-                "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards, as "
-                "`model_init` does: return `get_peft_model(model, BitFitConfig(...))` from `model_init`."
-            )
-        if model not in self._prepared and not sharded and not isinstance(model, PeftModel):
-            raise TrainerSetupError(
-                "The callback was added after the Trainer was made, so it could not set it up. Pass it in "
-                "`Trainer(..., callbacks=[BitFitCallback(...)])`."
-            )
-        if model not in self._prepared:  # from `model_init`, or wrapped by an engine
-            if self.adapter_name not in _configs(model):
-                raise TrainerSetupError(
-                    f"The model that the Trainer trains has no adapter {self.adapter_name!r}; it has "
-                    f"{list(_configs(model))}. Pass the same name to `get_peft_model` and to the callback."
-                )
-            if getattr(args, _HEAD_RATE, None) != self.head_learning_rate:
-                raise TrainerSetupError(
-                    "The callback was added after the Trainer was made, too late for its `head_learning_rate`. Pass "
-                    "it in `Trainer(..., callbacks=[BitFitCallback(...)])`."
-                )
+        sharded = sharding_engine(args) is not None
+        self._check_model(model, args, sharded=sharded)
         if optimizer is not None and not sharded:
             check_optimizer(
                 model,
@@ -227,14 +205,62 @@ class BitFitCallback(TrainerCallback):
                 learning_rate=args.learning_rate,
                 head_learning_rate=self.head_learning_rate,
             )
+            if state.is_world_process_zero:
+                self._warn_of_low_rate(base_rates(trainable_deltas(model).values(), optimizer))
+        self._first_step = True
         self._describe(model, state)
-        _attach_run(model, self.adapter_name, args, train_dataloader)
+        run = training_run(args, self.head_learning_rate, train_dataloader)
+        adapter_configs(model)[self.adapter_name].run = run
+
+    def _check_model(self, model: nn.Module, args: TrainingArguments, *, sharded: bool) -> None:
+        if not is_bitfit(model):
+            raise TrainerSetupError(
+                "The Trainer's model has no BitFit adapter. Either the callback was added after the Trainer was made: "
+                "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards, as "
+                "`model_init` does: return `get_peft_model(model, BitFitConfig(...))` from `model_init`."
+            )
+        known = model in self._prepared
+        from_model_init = isinstance(model, PeftModel) and self._arguments.get(id(args)) is args
+        if not (known or from_model_init or sharded):
+            raise TrainerSetupError(
+                "The callback did not set up the model that the Trainer trains: the callback was added, or the model "
+                "replaced, after the Trainer was made. Pass both to `Trainer(model, callbacks=[BitFitCallback(...)])`."
+            )
+        if self.adapter_name not in adapter_configs(model):
+            raise TrainerSetupError(
+                f"The model that the Trainer trains has no adapter {self.adapter_name!r}; it has "
+                f"{list(adapter_configs(model))}. Pass the same name to `get_peft_model` and to the callback."
+            )
+        layers = [layer for _, layer in tuned_layers(model)]
+        active = {name for layer in layers for name in layer.active_adapters}
+        if active != {self.adapter_name} or any(layer.disable_adapters or layer.merged for layer in layers):
+            raise TrainerSetupError(
+                f"The adapter {self.adapter_name!r} is not the one that the model computes with: active are "
+                f"{sorted(active)}, and none counts while adapters are disabled or merged. Make the Trainer after "
+                "`enable_adapters`, `unmerge_adapter` and after the Trainers of other adapters on this model are done."
+            )
+        if not sharded and head_rate(model, args) != self.head_learning_rate:
+            raise TrainerSetupError(
+                f"`head_learning_rate={self.head_learning_rate}` was set for this Trainer, and later another callback "
+                f"set {head_rate(model, args)} for the same model and the same `TrainingArguments`. Give each Trainer "
+                "`TrainingArguments` of its own."
+            )
+
+    def _warn_of_low_rate(self, rates: set[float]) -> None:
+        low = min(rates, default=LOWEST_SENSIBLE_RATE)
+        if 0 < low < LOWEST_SENSIBLE_RATE and low not in self._warned:
+            self._warned.append(low)
+            logger.warning(
+                "learning_rate=%g is a rate for full fine-tuning, with which biases hardly move. The BitFit paper "
+                "uses 1e-4 to 1e-3, small models want up to 4e-3. Nothing has been changed.",
+                low,
+            )
 
     def _describe(self, model: nn.Module, state: TrainerState) -> None:
-        config = _configs(model)[self.adapter_name]
+        config = adapter_configs(model)[self.adapter_name]
         biases = sum(parameter.numel() for parameter in trainable_deltas(model).values())
         head = sum(parameter.numel() for group in trainable_head(model) for parameter in group.values())
-        total = sum(p.numel() for name, p in stock_root(model).named_parameters() if not _is_ours(name))
+        total = sum(p.numel() for name, p in stock_root(model).named_parameters() if not is_ours(name))
         terms = "all bias terms" if config.bias_terms == "all" else ", ".join(_symbols(config.bias_terms))
         if state.is_world_process_zero:
             logger.info(
@@ -248,6 +274,24 @@ class BitFitCallback(TrainerCallback):
 
     # --- after a step ---
 
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks once, before the first update, that the loss reached the deltas."""
+        if not self._first_step or model is None or sharding_engine(args) is not None:
+            return
+        self._first_step = False
+        if all(parameter.grad is None for parameter in trainable_deltas(model).values()):
+            raise TrainerSetupError(
+                "The loss does not depend on any delta, so nothing would be tuned. Was `trainer.model` replaced after "
+                "the Trainer was made? Make a new Trainer for another model."
+            )
+
     def on_save(
         self,
         args: TrainingArguments,
@@ -256,20 +300,10 @@ class BitFitCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds to a checkpoint of an in-place model the small file that the Trainer resumes from.
-
-        The Trainer reloads adapters of a `PeftModel` only. For any other model it reads `model.safetensors` into
-        `load_state_dict(strict=False)`, so that file holds the deltas and the head under their live names.
-        """
-        if model is None or isinstance(model, PeftModel) or not args.should_save or _sharding_engine(args) is not None:
+        """Adds to a checkpoint of an in-place model the small file that the Trainer resumes from."""
+        if model is None or isinstance(model, PeftModel) or not args.should_save or sharding_engine(args) is not None:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        trained = {
-            name: tensor
-            for name, tensor in model.state_dict().items()
-            if _is_ours(name) and self.adapter_name in name.split(".")
-        }
-        write_bytes(folder / "model.safetensors", encode_tensors(trained))
+        write_checkpoint(model, self.adapter_name, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_evaluate(
         self,
@@ -283,11 +317,7 @@ class BitFitCallback(TrainerCallback):
         """Keeps the metrics for the model card."""
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is not None and metrics:
-            run.metrics = {
-                name.removeprefix("eval_"): float(value)
-                for name, value in metrics.items()
-                if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith("_per_second")
-            }
+            run.metrics |= evaluation_metrics(metrics)  # of one data set among several, perhaps
 
     def on_train_end(
         self,
@@ -302,122 +332,18 @@ class BitFitCallback(TrainerCallback):
         if run is None:
             return
         run.steps, run.epochs = state.global_step, state.epoch
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The model is the best one again, so the last evaluation is not about it.
+            best = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]
+            run.metrics |= {name: value for entry in best for name, value in evaluation_metrics(entry).items()}
         last = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
         run.seconds, run.train_loss = last.get("train_runtime"), last.get("train_loss")
-
-
-# --- the Trainer's arguments ---
-
-
-def _refuse_own_groups(args: TrainingArguments) -> None:
-    name = str(getattr(args.optim, "value", args.optim))
-    if name.startswith(_OWN_GROUPS):
-        raise OptimizerError(
-            f"optim={name!r} arranges the model's parameters itself and cannot train deltas and head alone. Use one "
-            "that takes parameter groups, such as 'adamw_torch', 'adafactor', 'sgd' or 'adamw_bnb_8bit'."
-        )
-
-
-def _refuse_pickle_pushes(args: TrainingArguments) -> None:
-    strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
-    if args.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
-        raise TrainerSetupError(
-            f"hub_strategy={strategy!r} uploads whole checkpoints, with the optimizer's state as pickles, which a "
-            "delta repo never holds. Use hub_strategy='end' or 'every_save'."
-        )
-
-
-def _sharding_engine(args: TrainingArguments) -> str | None:
-    """`"FSDP"` or `"DeepSpeed"` where the Trainer shards the model."""
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        return "FSDP"
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
-        return "DeepSpeed"
-    return None
-
-
-def _set_head_rate(args: TrainingArguments, rate: float | None) -> None:
-    """Has the Trainer make its optimizer with BitFit's groups, from the first step and across resume.
-
-    The Trainer looks `args.optim` up in a table of handlers, and takes the groups that a handler returns instead of
-    its own. The handler is wrapped once; it acts only for arguments that carry a rate for the head, so other Trainers
-    keep their own groups. Without such a rate the Trainer's groups are right as they are.
-    """
-    if rate is None:
-        vars(args).pop(_HEAD_RATE, None)
-        return
-    try:
-        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
-    except ImportError as error:
-        raise TrainerSetupError(
-            "This version of transformers has no place where a callback could set the head's learning rate. Give the "
-            "groups to the Trainer instead: `Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {'params': "
-            "bitfit_hf.optimizer_groups(model, learning_rate, head_learning_rate=...)}))`, with a wrapped model."
-        ) from error
-    handler = handlers.get(args.optim)
-    if handler is not None and not hasattr(handler, "_bitfit_wraps"):
-        handlers[args.optim] = _with_groups(handler)
-    setattr(args, _HEAD_RATE, rate)
-
-
-def _with_groups(handler: Any) -> Any:
-    def with_groups(context: Any) -> tuple[Any, dict[str, Any]]:
-        optimizer_cls, kwargs = handler(context)
-        rate = getattr(context.args, _HEAD_RATE, None)
-        if rate is not None and context.model is not None and is_bitfit(context.model):
-            kwargs["params"] = optimizer_groups(
-                context.model,
-                context.args.learning_rate,
-                head_learning_rate=rate,
-                weight_decay=context.args.weight_decay,
-            )
-        return optimizer_cls, kwargs
-
-    with_groups._bitfit_wraps = handler  # type: ignore[attr-defined]
-    return with_groups
-
-
-# --- the model ---
-
-
-def _configs(model: nn.Module) -> dict[str, BitFitConfig]:
-    return getattr(model, "peft_config", None) or getattr(stock_root(model), "peft_config", {})
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a live name is that of a delta or of a head's copy."""
-    parts = name.split(".")
-    return "modules_to_save" in parts or any(part.startswith("bitfit_") for part in parts)
 
 
 def _symbols(terms: Any) -> list[str]:
     return [SYMBOLS[term] for term in TERMS if term in terms]
 
 
-def _attach_run(model: nn.Module, adapter_name: str, args: TrainingArguments, dataloader: Any) -> None:
-    dataset = getattr(dataloader, "dataset", None)
-    builder = getattr(getattr(dataset, "info", None), "dataset_name", None)
-    _configs(model)[adapter_name].run = TrainingRun(
-        hyperparameters={
-            "learning_rate": args.learning_rate,
-            "head_learning_rate": getattr(args, _HEAD_RATE, None),
-            "train_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else None,
-            "max_steps": args.max_steps if args.max_steps > 0 else None,
-            "lr_scheduler_type": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "warmup_steps": args.warmup_steps or None,
-            "weight_decay": args.weight_decay,
-            "max_grad_norm": args.max_grad_norm,
-            "optim": str(getattr(args.optim, "value", args.optim)),
-            "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
-            "seed": args.seed,
-        },
-        num_examples=len(dataset) if hasattr(dataset, "__len__") else None,
-        dataset=builder,
-        versions=installed_versions(),
-    )
-
-
 def _run_of(model: nn.Module, adapter_name: str) -> TrainingRun | None:
-    config = _configs(model).get(adapter_name)
+    config = adapter_configs(model).get(adapter_name)
     return getattr(config, "run", None)
