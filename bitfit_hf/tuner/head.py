@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import DeltaMismatchError, UnsupportedLayerError
-from .mixed import BASE, RowCheck
+from .mixed import BASE, MixedBatch
 from .precision import Float32ModuleDict
 
 
@@ -61,7 +61,7 @@ class BitFitHead(ModulesToSaveWrapper):
     def __init__(self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None) -> None:
         self._labels: dict[str, Labels] = {}
         self._label_owner: tuple[PreTrainedModel, Labels] | None = None
-        self._mixed: RowCheck | None = None  # while a mixed batch runs
+        self._mixed: MixedBatch | None = None  # while a mixed batch runs
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
         super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
 
@@ -148,7 +148,7 @@ class BitFitHead(ModulesToSaveWrapper):
     def _mixed_batch_forward(self, input: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Any:
         # PEFT's version takes Linear, Embedding and Conv only, and stacks whatever it gets.
         assert self._mixed is not None
-        factor = self._mixed.rows_per_example(self, input.shape[0], len(adapter_names))
+        factor = self._mixed.rows_per_example(self, input.shape[0])
         rows = [name for name in adapter_names for _ in range(factor)]
         outputs: list[torch.Tensor | None] = [None] * len(rows)
         for name in dict.fromkeys(rows):
@@ -179,6 +179,8 @@ class BitFitHead(ModulesToSaveWrapper):
             self._active_adapter = []
             self._follow()
             return self.original_module
+        self._active_adapter = names[:1]
+        self._follow()
         module = self.modules_to_save[names[0]]
         dtype = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), torch.float32)
         return module.to(dtype)

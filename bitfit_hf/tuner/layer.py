@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import MergeError, UnsupportedLayerError
 from ..terms import Bias
-from .mixed import BASE, RowCheck, pick_rows
+from .mixed import BASE, MixedBatch, pick_rows
 from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
 
@@ -48,7 +48,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._stored: dict[str, torch.Tensor | None] = {}  # the base's biases while adapters are merged into them
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
-        self._mixed: RowCheck | None = None  # while a mixed batch runs
+        self._mixed: MixedBatch | None = None  # while a mixed batch runs
         self._led: tuple[AuxiliaryTrainingWrapper, ...] = ()
         self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
@@ -117,6 +117,10 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def _stored_bias(self, parameter: str) -> torch.Tensor | None:
         return self.base_layer._parameters.get(parameter)
+
+    def base_bias(self, parameter: str) -> torch.Tensor | None:
+        """`b_0` as the base was loaded, also while adapters are merged into it."""
+        return self._stored[parameter] if parameter in self._stored else self._stored_bias(parameter)
 
     @property
     def device_of_base(self) -> torch.device:
@@ -221,12 +225,12 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         table = torch.stack([self._dense_delta(name, zero) for name in names])
         picked = table[torch.tensor([names.index(name) for name in adapter_names], device=result.device)]
         # Image patches, choices or windows can be folded into the batch dimension, the example outermost.
-        factor = self._rows_per_example(result.shape[0], len(adapter_names))
+        factor = self._rows_per_example(result.shape[0])
         return picked if factor == 1 else picked.repeat_interleave(factor, dim=0)
 
-    def _rows_per_example(self, rows: int, batch: int) -> int:
+    def _rows_per_example(self, rows: int) -> int:
         assert self._mixed is not None
-        return self._mixed.rows_per_example(self, rows, batch)
+        return self._mixed.rows_per_example(self, rows)
 
     def _dense_delta(self, name: str, zero: torch.Tensor) -> torch.Tensor:
         deltas = self._deltas("bias")
@@ -269,7 +273,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             )
         merged = {}
         for parameter in self.bias_parameters:
-            base = self._stored.get(parameter, self._stored_bias(parameter))
+            base = self.base_bias(parameter)
             present = [name for name in [*self.merged_adapters, *names] if name in self._deltas(parameter)]
             if present:
                 with torch.no_grad():

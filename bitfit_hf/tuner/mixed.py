@@ -1,4 +1,4 @@
-"""Mixed batches: which rows of a layer's output belong to which example of the batch.
+"""Mixed batches: one adapter per example, and which rows of a layer's output belong to which example.
 
 PEFT's `model(..., adapter_names=[...])` names one adapter per example. A layer sees only a tensor; that its first
 dimension is the batch is an assumption. It holds for most layers of most models. Some fold windows, patches or choices
@@ -9,9 +9,8 @@ batch: only where that grows with the batch do rows belong to examples.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,43 +26,84 @@ BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 _MAIN_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
-class RowCheck:
-    """What is known about the rows of the layers of a model while one mixed batch runs.
+class MixedBatch:
+    """While it is open, every forward of the model computes example `i` with adapter `adapter_names[i]`.
 
     Args:
-        rows_alone (`Mapping[nn.Module, Sequence[int]]`, *optional*):
-            How many rows each layer made of one example, call by call. Without it, that the first dimension of every
-            layer's output is the batch, or a multiple of it, is taken for granted.
+        model (`nn.Module`): The stock model, with adapters injected.
+        parts (`Sequence[BitFitLayer | BitFitHead]`): What in it has adapters.
+        adapter_names (`Sequence[str]`): One per example: names that the model has, or `BASE`.
     """
 
-    def __init__(self, rows_alone: Mapping[nn.Module, Sequence[int]] | None = None) -> None:
-        self._alone = None if rows_alone is None else {layer: iter(rows) for layer, rows in rows_alone.items()}
+    def __init__(self, model: nn.Module, parts: Sequence[Any], adapter_names: Sequence[str]) -> None:
+        self.adapter_names = list(adapter_names)
+        self._model = model
+        self._parts = parts
+        self._handles: list[Any] = []
+        self._checked = False
+        self._rows_alone: dict[nn.Module, Iterator[int]] | None = None
 
-    def rows_per_example(self, layer: nn.Module, rows: int, batch: int) -> int:
+    def __enter__(self) -> MixedBatch:
+        self._handles = [part.register_forward_pre_hook(self._hand_over, with_kwargs=True) for part in self._parts]
+        self._handles.append(self._model.register_forward_pre_hook(self._check, with_kwargs=True))
+        self._tell(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._tell(None)
+        for handle in self._handles:
+            handle.remove()
+
+    def _tell(self, batch: MixedBatch | None) -> None:
+        for part in self._parts:
+            part._mixed = batch
+
+    def _hand_over(self, part: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs if part._mixed is None else {**kwargs, "adapter_names": self.adapter_names}
+
+    def _check(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if any(part._mixed is None for part in self._parts):
+            return  # one example is being run alone
+        batch = batch_size(args, kwargs)
+        if batch is not None and batch != len(self.adapter_names):
+            raise AdapterNameError(
+                f"`adapter_names` has {len(self.adapter_names)} names for a batch of {batch} examples; give one for "
+                "each."
+            )
+        self._rows_alone = None
+        if batch is not None and not self._checked:  # once is enough for all steps of a generation
+            self._checked = True
+            self._tell(None)
+            try:
+                rows = _rows_of_one_example(model, self._parts, args, kwargs, batch)
+            finally:
+                self._tell(self)
+            self._rows_alone = {part: iter(rows[part]) for part in self._parts}
+
+    def rows_per_example(self, part: nn.Module, rows: int) -> int:
         """How many consecutive rows of a layer's output are one example's.
+
+        Args:
+            part (`nn.Module`): The layer.
+            rows (`int`): How many rows it has computed for the batch.
 
         Raises:
             [`UnsupportedLayerError`]: The rows do not belong to examples.
         """
-        if self._alone is None:
-            alone, rest = divmod(rows, batch)
-            fits = alone > 0 and not rest
-        else:
-            alone = next(self._alone.get(layer, iter(())), 0)
-            fits = rows == alone * batch
-        if not fits:
-            kind = stock_class(stock_module(layer)).__name__
+        batch = len(self.adapter_names)
+        alone = rows // batch if self._rows_alone is None else next(self._rows_alone[part], 0)
+        if alone == 0 or alone * batch != rows:
             raise UnsupportedLayerError(
-                f"A {kind} layer computes {rows} rows for a batch of {batch} examples and {alone or 'other'} for one "
-                "alone: they do not belong to single examples (a table that all share, or a batch that is not the "
-                "first dimension), so `adapter_names` cannot be applied per example. Run one batch per adapter, or "
-                "use `bitfit_hf.TaskBank`."
+                f"A {stock_class(stock_module(part)).__name__} layer computes {rows} rows for a batch of {batch} "
+                f"examples and {alone or 'other'} for one alone: they do not belong to single examples (a table that "
+                "all share, or a batch that is not the first dimension), so `adapter_names` cannot be applied per "
+                "example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
             )
         return alone
 
 
-def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str], batch: int | None) -> None:
-    """Raises [`AdapterNameError`] for names of a mixed batch that are no adapters, or are not one per example."""
+def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises [`AdapterNameError`] for names of a mixed batch that are no adapters."""
     if isinstance(adapter_names, str):
         raise AdapterNameError(f"`adapter_names` takes a list with one name per example, got {adapter_names!r}.")
     unknown = sorted({str(name) for name in adapter_names} - {*known, BASE})
@@ -71,10 +111,6 @@ def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str], batc
         raise AdapterNameError(
             f"`adapter_names` asks for {unknown}, but the model has the adapters {sorted(known)}. "
             f'Load them first (`model.load_adapter(…, adapter_name="{unknown[0]}")`), or use "{BASE}" for the base.'
-        )
-    if batch is not None and len(adapter_names) != batch:
-        raise AdapterNameError(
-            f"`adapter_names` has {len(adapter_names)} names for a batch of {batch} examples; give one for each."
         )
 
 
@@ -88,37 +124,23 @@ def batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
 
 
 @torch.no_grad()
-def rows_of_one_example(
-    model: nn.Module, layers: Iterable[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-) -> dict[nn.Module, list[int]] | None:
-    """Runs the first example of a batch alone, and counts the rows that each layer computes for it.
-
-    Args:
-        model (`nn.Module`): The model whose forward is about to get `args` and `kwargs`.
-        layers (`Iterable[nn.Module]`): Layers inside it.
-        batch (`int`): Number of examples.
-
-    Returns:
-        `dict[nn.Module, list[int]]`, call by call, or `None` where the arguments are not those of the forward.
-    """
+def _rows_of_one_example(
+    model: nn.Module, parts: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+) -> dict[nn.Module, list[int]]:
+    """Runs the first example of a batch alone, and counts the rows that each layer computes for it, call by call."""
     alone = {name: _first(value, batch) for name, value in kwargs.items()}
     if alone.pop("past_key_values", None) is not None:  # it would be written to
         alone["use_cache"] = False
-    first = [_first(value, batch) for value in args]
-    try:
-        inspect.signature(model.forward).bind(*first, **alone)
-    except TypeError:
-        return None
     rows: dict[nn.Module, list[int]] = defaultdict(list)
 
-    def count(layer: nn.Module, inputs: Any, output: Any) -> None:
+    def count(part: nn.Module, inputs: Any, output: Any) -> None:
         while not isinstance(output, torch.Tensor):
             output = output[0]
-        rows[layer].append(output.shape[0])
+        rows[part].append(output.shape[0])
 
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    handles = [part.register_forward_hook(count) for part in parts]
     try:
-        model(*first, **alone)
+        model(*(_first(value, batch) for value in args), **alone)
     finally:
         for handle in handles:
             handle.remove()
@@ -133,22 +155,20 @@ def _first(value: Any, batch: int) -> Any:
     return value
 
 
-def pick_rows(
-    results: Mapping[str, Any], adapter_names: Sequence[str], rows_per_example: Callable[[int, int], int]
-) -> Any:
+def pick_rows(results: Mapping[str, Any], adapter_names: Sequence[str], rows_per_example: Callable[[int], int]) -> Any:
     """Takes each example's rows from the result of its own adapter.
 
     Args:
         results (`Mapping[str, Any]`): What a layer computed for the whole batch, by adapter.
         adapter_names (`Sequence[str]`): One per example.
-        rows_per_example (`Callable`): From the number of rows and of examples to that of one example's rows.
+        rows_per_example (`Callable`): From the number of rows to that of one example's rows.
 
     Returns:
         What the layer returns: a tensor, or a tuple or list with tensors.
     """
     first = next(iter(results.values()))
     size = _num_rows(first)
-    return first if size is None else _pick(results, adapter_names, rows_per_example(size, len(adapter_names)))
+    return first if size is None else _pick(results, adapter_names, rows_per_example(size))
 
 
 def _num_rows(output: Any) -> int | None:

@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from .head import BitFitHead
 from .layer import PREFIX, BitFitLayer
 from .loading import loading_in_progress
 from .merging import prepare_merge
-from .mixed import RowCheck, batch_size, check_adapter_names, rows_of_one_example
+from .mixed import MixedBatch, check_adapter_names
 from .plan import Plan, make_plan
 from .state import (
     StrictLoader,
@@ -210,33 +209,14 @@ class BitFitModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        batch = batch_size(args, kwargs)
-        check_adapter_names(adapter_names, list(self.peft_config), batch)
+        check_adapter_names(adapter_names, list(self.peft_config))
         if self.training:
             raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
         if any(layer.merged for _, layer in tuned_layers(self.model)):
             raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
-
         parts = [module for module in self.modules() if isinstance(module, (BitFitLayer, BitFitHead))]
-        alone = None if batch is None else rows_of_one_example(self.model, parts, args, kwargs, batch)
-        check = RowCheck(alone)
-
-        def hand_over(module: nn.Module, inputs: Any, kwargs: Any, names: Sequence[str]) -> tuple[Any, Any]:
-            return inputs, {**kwargs, "adapter_names": names}
-
-        handles = [
-            module.register_forward_pre_hook(partial(hand_over, names=list(adapter_names)), with_kwargs=True)
-            for module in parts
-        ]
-        try:
-            for part in parts:
-                part._mixed = check
+        with MixedBatch(self.model, parts, adapter_names):
             yield
-        finally:
-            for part in parts:
-                part._mixed = None
-            for handle in handles:
-                handle.remove()
 
     # --- combining ---
 
