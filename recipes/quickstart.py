@@ -288,13 +288,13 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
 
 
 def summary(results: list[Result]) -> Table:
-    table = Table(title="Before and after", box=box.SIMPLE_HEAD)
-    table.add_column("task")
+    table = Table(title="Before and after", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task", overflow="fold")
     for column in ("trained", "of base", "on disk", "time"):
-        table.add_column(column, justify="right")
-    table.add_column("metric")
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
     for column in ("untuned", "frozen", "BitFit"):
-        table.add_column(column, justify="right", style="bold" if column == "BitFit" else "")
+        table.add_column(column, justify="right", no_wrap=True, style="bold" if column == "BitFit" else "")
     for result in results:
         table.add_row(
             result.task,
