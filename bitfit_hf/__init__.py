@@ -13,6 +13,7 @@ from .config import BitFitConfig
 from .delta import BiasDelta, load_delta
 from .errors import *  # noqa: F403
 from .fingerprint import base_mismatch
+from .hub import push_to_hub
 from .optim import optimizer_groups
 from .tuner import BitFitLayer, BitFitModel
 from .tuner.registration import register
@@ -27,6 +28,7 @@ __all__ = [
     "base_mismatch",
     "load_delta",
     "optimizer_groups",
+    "push_to_hub",
 ]
 
 register()

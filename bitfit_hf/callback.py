@@ -21,6 +21,7 @@ from .optim import base_rates, check_optimizer, head_rate, set_head_rate, traina
 from .run import TrainingRun, evaluation_metrics, training_run
 from .terms import SYMBOLS, TERMS
 from .terms.structure import stock_root
+from .trainer_push import check_base_name, prepare_push
 from .tuner.state import head_leaves, is_bitfit, tuned_layers
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class BitFitCallback(TrainerCallback):
             raise TrainerSetupError("The Trainer has no model to tune.")
         check_arguments(args)
         refuse_other_methods(model)
+        if args.push_to_hub:
+            check_base_name(model, self.adapter_name, self.config)
         self._refuse_best_of_named_adapter(model, args)
         if not is_bitfit(model) or self.adapter_name not in adapter_configs(model):
             self._inject(model, args)
@@ -120,8 +123,7 @@ class BitFitCallback(TrainerCallback):
             self._check_same_selection(model)
         self._activate(model)
         set_head_rate(model, args, self.head_learning_rate)
-        if not isinstance(model, PeftModel):
-            accept_checkpoints(model)
+        accept_checkpoints(model)
         self._prepared.add(model)
         self._arguments[id(args)] = args
 
@@ -304,6 +306,20 @@ class BitFitCallback(TrainerCallback):
         if model is None or isinstance(model, PeftModel) or not args.should_save or sharding_engine(args) is not None:
             return
         write_checkpoint(model, self.adapter_name, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_push_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sees to it that the Trainer pushes the delta's files and our card, and nothing else of its folder."""
+        check_arguments(args)
+        if model is not None and self.adapter_name in adapter_configs(model) and state.is_world_process_zero:
+            prepare_push(model, args, self.adapter_name, step=state.global_step, processing_class=processing_class)
 
     def on_evaluate(
         self,

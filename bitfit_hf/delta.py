@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,7 +26,11 @@ from .layout import decode_layout, encode_layout
 from .terms import Bias, find_biases, head_modules
 from .terms.structure import stock_root, walk
 from .tuner.layer import PREFIX, span_index
+from .tuner.plan import num_base_parameters
 from .tuner.state import delta_parameters, head_tensors, is_bitfit
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 class BiasDelta(Mapping[str, torch.Tensor]):
@@ -217,6 +221,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             base_model_name_or_path=getattr(base, "name_or_path", None) or None,
             revision=getattr(getattr(base, "config", None), "_commit_hash", None),
             base_fingerprint=fingerprint(base, biases),
+            base_num_parameters=num_base_parameters(base, head_modules(base)) or None,
             bias_layout=encode_layout(biases),
         )
         modules = dict(walk(tuned))
@@ -270,19 +275,40 @@ class BiasDelta(Mapping[str, torch.Tensor]):
 
     # --- files ---
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, card: bool = True) -> None:
         """Writes the delta's files; after a crash at any moment the folder holds the old delta or the new one.
 
         Args:
             folder (`str` or `os.PathLike`): Where to; made if it does not exist.
+            card (`bool`, *optional*, defaults to `True`):
+                Writes or renews the model card too; see [`~bitfit_hf.card.write_card`].
 
         Raises:
             [`DeltaIOError`]: A file cannot be written.
         """
         write_pair(folder, self.config_values(), self.tensors())
+        if card:
+            from .card import write_card
+
+            write_card(folder, delta=self)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """Pushes the delta and its card to the Hub, as [`bitfit_hf.push_to_hub`] does, with the same arguments.
+
+        Args:
+            repo_id (`str`): Where to.
+            kwargs: `private`, `revision`, `token`, `stock`, `base_model`, ….
+
+        Raises:
+            [`PushError`]: It was refused or failed; nothing was overwritten.
+        """
+        from .hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
 
     def config_values(self) -> dict[str, Any]:
         """Values of `adapter_config.json`."""
+        self.config.about_to_save(self.tensors())
         values = self.config.to_dict()
         values["inference_mode"] = True  # as PEFT writes it: who loads it wants to use it
         return values

@@ -83,13 +83,13 @@ def stock_files(
     *,
     base: nn.Module | str | None = None,
     adapter_name: str = "default",
-    base_model: str | None = None,
+    named: BitFitConfig | None = None,
 ) -> dict[str, bytes]:
     """The content of the two files of [`export_stock`] by their name.
 
     Args:
         delta_or_model, base, adapter_name: As for [`export_stock`].
-        base_model (`str`, *optional*): Name of the base to write down, instead of the one in the configuration.
+        named ([`BitFitConfig`], *optional*): Says what the base is called, instead of the delta's own.
     """
     if isinstance(delta_or_model, BiasDelta):
         delta = delta_or_model
@@ -109,8 +109,8 @@ def stock_files(
     carrier = _carrier(root, delta)
     config = LoraConfig(
         task_type=delta.config.task_type,
-        base_model_name_or_path=base_model or delta.config.base_model_name_or_path,
-        revision=delta.config.revision,
+        base_model_name_or_path=(named or delta.config).base_model_name_or_path,
+        revision=(named or delta.config).revision,
         auto_mapping=delta.config.auto_mapping,
         target_modules=re.escape(carrier),  # a string is a pattern for the whole path
         modules_to_save=_saved_modules(root, delta.config.modules_to_save or []) or None,
