@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from .errors import DeltaMismatchError, collect
@@ -54,34 +56,43 @@ def write_checkpoint(model: nn.Module, adapter_name: str, folder: str | os.PathL
 
 
 def accept_checkpoints(model: nn.Module) -> None:
-    """Makes `model.load_state_dict` take the tensors of its active adapters alone as complete, and fewer as an error.
+    """Makes `model.load_state_dict` take what [`write_checkpoint`] wrote as complete, and less than that as an error.
 
-    Without it the Trainer warns of every tensor of the base as missing when it resumes, and says no more when a delta
-    is. State dicts that hold anything of the base are treated as ever.
+    Without it the Trainer warns of every tensor of the base as missing when it resumes, and says no more when it is
+    the deltas that are missing, or when they were saved by a model that was wrapped otherwise. State dicts that hold
+    anything of the base are treated as ever.
 
     Args:
-        model (`nn.Module`): With an adapter injected in place.
+        model (`nn.Module`): With an adapter injected, in place or wrapped.
     """
     if model not in _accepting:
-        model.register_load_state_dict_post_hook(_without_frozen_base)
+        in_place = not isinstance(model, PeftModel)
+        model.register_load_state_dict_post_hook(_without_frozen_base if in_place else _without_strangers)
         _accepting.add(model)
 
 
 def _without_frozen_base(model: nn.Module, incompatible: Any) -> None:
     missing = set(incompatible.missing_keys)
     names = list(model.state_dict(keep_vars=True))
-    base = {name for name in names if not is_ours(name)}
     loaded = [name for name in names if is_ours(name) and name not in missing]
-    if not loaded or not base <= missing:
+    ours = loaded or any(map(is_ours, incompatible.unexpected_keys))
+    if not ours or not missing.issuperset(name for name in names if not is_ours(name)):
         return
     active = {name for _, layer in tuned_layers(model) for name in layer.active_adapters}
-    problems = [
-        f"{name} is missing" for adapter in sorted(active) for name in live_names(model, adapter) if name in missing
-    ]
-    problems += [f"{name} is not in the model" for name in incompatible.unexpected_keys]
+    lost = [name for adapter in sorted(active) for name in live_names(model, adapter) if name in missing]
+    _raise_for(lost, incompatible.unexpected_keys)
+    incompatible.missing_keys.clear()
+
+
+def _without_strangers(model: nn.Module, incompatible: Any) -> None:
+    _raise_for([], filter(is_ours, incompatible.unexpected_keys))
+
+
+def _raise_for(lost: Iterable[str], strange: Iterable[str]) -> None:
+    problems = [f"{name} is missing" for name in lost] + [f"{name} is not in the model" for name in strange]
     if problems:
         raise DeltaMismatchError(
-            f"The checkpoint does not hold what the adapter {', '.join(sorted(active))!r} tunes:{collect(problems)}\n"
-            "Resume with the model, the BitFitConfig and the adapter name that it was saved with."
+            f"The checkpoint does not hold what this model tunes:{collect(problems)}\n"
+            "Resume as it was saved: with the same BitFitConfig and adapter name, and with a stock model again or a "
+            "wrapped one again."
         )
-    incompatible.missing_keys.clear()
