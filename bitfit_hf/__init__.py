@@ -8,6 +8,7 @@ from __future__ import annotations
 __version__ = "0.1.0.dev0"
 
 from . import errors
+from .analysis import bias_change, plot_bias_change
 from .callback import BitFitCallback
 from .config import BitFitConfig
 from .delta import BiasDelta, load_delta
@@ -26,8 +27,10 @@ __all__ = [
     "BitFitLayer",
     "BitFitModel",
     "base_mismatch",
+    "bias_change",
     "load_delta",
     "optimizer_groups",
+    "plot_bias_change",
     "push_to_hub",
 ]
 

@@ -192,6 +192,21 @@ class BitFitConfig(PeftConfig):
         """How many scalars the tensors of the last state dict have, delta and head; `None` before the first."""
         return self._size_of_last_state
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json` and, beside it, the model card.
+
+        Every stock way of saving a delta comes by here, PEFT's with a card of its own in the folder already.
+
+        Args:
+            save_directory (`str`): The folder.
+            kwargs: As for [`~peft.PeftConfig.save_pretrained`].
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if self.bias_layout:  # else nothing was trained yet
+            from .card import write_card
+
+            write_card(save_directory, self)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`."""
         from . import __version__

@@ -13,6 +13,7 @@ __all__ = [
     "AdapterNameError",
     "BaseModelMismatchError",
     "BitFitError",
+    "CardError",
     "ConfigError",
     "DeltaFormatError",
     "DeltaIOError",
@@ -96,6 +97,10 @@ class TrainerSetupError(BitFitError, RuntimeError):
 
 class OptimizerError(BitFitError, ValueError):
     """An optimizer cannot hold BitFit's parameter groups."""
+
+
+class CardError(BitFitError, ValueError):
+    """A model card that is there cannot be read, so it is left as it is."""
 
 
 class PushError(BitFitError, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Callable, Sized
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -30,7 +31,8 @@ class TrainingRun:
         train_loss (`float`, *optional*): Mean over the run.
         seconds (`float`, *optional*): Wall time of `train()`.
         num_examples (`int`, *optional*): Training examples.
-        dataset (`str`, *optional*): Name of the training data, where the data set has one.
+        dataset (`str`, *optional*): The training data's id on the Hub, where it comes from there.
+        dataset_config (`str`, *optional*): Which part of that data set.
         versions (`dict[str, str]`, *optional*): Of the packages at work.
     """
 
@@ -42,6 +44,7 @@ class TrainingRun:
     seconds: float | None = None
     num_examples: int | None = None
     dataset: str | None = None
+    dataset_config: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -103,6 +106,7 @@ _CHECKS: dict[str, tuple[str, Callable[[TrainingRun, str], bool]]] = {
     "seconds": ("a number", _optional(_is_number)),
     "num_examples": ("an integer", _optional(lambda value: isinstance(value, int))),
     "dataset": ("a string", _optional(lambda value: isinstance(value, str))),
+    "dataset_config": ("a string", _optional(lambda value: isinstance(value, str))),
     "versions": ("a mapping of names to strings", _mapping(lambda value: isinstance(value, str))),
 }
 
@@ -118,6 +122,20 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
+def dataset_id(dataset: Any) -> tuple[str | None, str | None]:
+    """Where on the Hub a [`~datasets.Dataset`] comes from, as `(id, config name)`; `(None, None)` for any other data.
+
+    The builder's own name will not do: it is that of a file format, of a folder, or lacks the namespace.
+    """
+    info = getattr(dataset, "info", None)
+    files = getattr(info, "download_checksums", None) or {}
+    ids = {match[1] for url in files if (match := re.match(r"hf://datasets/([\w.-]+(?:/[\w.-]+)?)@", str(url)))}
+    if len(ids) != 1:
+        return None, None
+    config = getattr(info, "config_name", None)
+    return ids.pop(), config if config != "default" else None
+
+
 def training_run(args: TrainingArguments, head_learning_rate: float | None, dataloader: Any) -> TrainingRun:
     """What is known of a run when it begins.
 
@@ -127,7 +145,7 @@ def training_run(args: TrainingArguments, head_learning_rate: float | None, data
         dataloader (`torch.utils.data.DataLoader`): Of the training data.
     """
     dataset = getattr(dataloader, "dataset", None)
-    builder = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    name, part = dataset_id(dataset)
     return TrainingRun(
         hyperparameters={
             "learning_rate": args.learning_rate,
@@ -144,7 +162,8 @@ def training_run(args: TrainingArguments, head_learning_rate: float | None, data
             "seed": args.seed,
         },
         num_examples=len(dataset) if isinstance(dataset, Sized) else None,
-        dataset=builder,
+        dataset=name,
+        dataset_config=part,
         versions=installed_versions(),
     )
 
