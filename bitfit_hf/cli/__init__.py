@@ -1,0 +1,5 @@
+"""The command line, `bitfit`: inspect, compare, merge, extract, export, push and draw deltas."""
+
+from .app import app
+
+__all__ = ["app"]

@@ -1,0 +1,369 @@
+"""The commands. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import CheckpointError, Command, CommandLine, OutputError, emit
+
+if TYPE_CHECKING:
+    from ..delta import BiasDelta
+
+app = typer.Typer(
+    name="bitfit",
+    cls=CommandLine,
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+class OnMismatch(str, Enum):
+    """What to do with a delta that was trained on another checkpoint."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    IGNORE = "ignore"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the model or delta that is in the output folder.")]
+Token = Annotated[str | None, typer.Option("--token", help="For private and gated repos; by default the saved one.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")]
+Delta = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub repo of a delta.")]
+DeltaRevision = Annotated[
+    str | None, typer.Option("--delta-revision", help="Branch, tag or commit of the delta's repo.")
+]
+BaseRevision = Annotated[
+    str | None,
+    typer.Option(
+        "--base-revision", help="Of the base's repo; by default the one that the delta pins, if it names it."
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option("--task-type", help="PEFT's name of the task (SEQ_CLS, CAUSAL_LM, …), to choose the model class."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"bitfit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def bitfit(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Inspect, compare, merge, extract, export, push and draw BitFit deltas.
+
+    A DELTA is a folder or a Hub repo; a folder of that name wins. Nothing is looked up on the Hub for a folder.
+    A mistake ends with one line on stderr and exit code 1.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(cls=Command)
+def inspect(
+    name: Annotated[str, typer.Argument(metavar="REPO_OR_DIR", help="A delta, or a base model.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the repo.")] = None,
+    task_type: Task = None,
+    largest: Annotated[int, typer.Option("--largest", min=0, help="How many of the largest changes to list.")] = 5,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a delta holds, or what there is to tune in a base model.
+
+    Of a delta: its bias terms and parameter counts, the base with its revision, labels, the metrics on its card, the
+    size of its files, and the largest changes. Of a base model, without its weights: bias parameters by term, the
+    head, and the vectors that are not selected because nothing is known about them.
+
+    \b
+    Examples:
+      bitfit inspect user/bert-base-rte-bitfit
+      bitfit inspect ./rte --json
+      bitfit inspect bert-base-uncased --task-type SEQ_CLS
+    """
+    from . import reports, tables
+    from .checkpoints import add_card, build_on_meta, is_base, model_class, read_model_config
+
+    if is_base(name, revision=revision, token=token):
+        config = read_model_config(name, revision=revision, token=token)
+        cls = model_class(config, name, task_type=task_type)
+        values = reports.inspect_base(build_on_meta(config, cls, name), name)
+        emit(values, as_json, tables.base_tables)
+    else:
+        delta, folder = _read(name, revision, token)
+        add_card(folder, name, token=token)
+        emit(reports.inspect_delta(delta, folder, name, largest=largest), as_json, tables.delta_tables)
+
+
+@app.command(cls=Command)
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="Folder or Hub repo of a delta.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Folder or Hub repo of another.")],
+    a_revision: Annotated[str | None, typer.Option("--a-revision", help="Of A's repo.")] = None,
+    b_revision: Annotated[str | None, typer.Option("--b-revision", help="Of B's repo.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two deltas by bias term and layer.
+
+    For each, the mean absolute difference of the tuned biases and the cosine between the two deltas; what only one of
+    them tunes; whether they have the same base; their heads.
+
+    \b
+    Examples:
+      bitfit diff ./rte ./mrpc
+      bitfit diff user/rte user/rte --a-revision v1 --b-revision v2 --json
+    """
+    from . import reports, tables
+
+    values = reports.compare(_read(a, a_revision, token)[0], _read(b, b_revision, token)[0])
+    emit(values, as_json, tables.diff_tables)
+
+
+@app.command(cls=Command)
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub repo of the base model.")],
+    delta: Delta,
+    output: Folder,
+    base_revision: BaseRevision = None,
+    delta_revision: DeltaRevision = None,
+    task_type: Task = None,
+    on_base_mismatch: Annotated[
+        OnMismatch, typer.Option("--on-base-mismatch", help="If the delta was trained on another checkpoint.")
+    ] = OnMismatch.RAISE,
+    force: Force = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Write base and delta together as a stock checkpoint, which loads without bitfit_hf.
+
+    It has the base's precision, the delta's head and labels, and the tokenizer files of the delta or else the base.
+
+    \b
+    Examples:
+      bitfit merge bert-base-uncased user/bert-base-rte-bitfit -o bert-rte
+      bitfit merge ./bert ./rte -o bert-rte --force
+    """
+    from peft import PeftModel
+
+    from ..fingerprint import base_mismatch
+    from .checkpoints import copy_preprocessing, new_folder, preprocessing_folder
+
+    with new_folder(output, force=force) as folder:
+        value, source = _read(delta, delta_revision, token)
+        model = _load_base(base, value, base_revision, task_type, token)
+        of_base = preprocessing_folder(base, revision=_base_revision(base, value, base_revision), token=token)
+        with base_mismatch(on_base_mismatch.value):
+            merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+        merged.save_pretrained(folder)
+        of_delta = preprocessing_folder(delta, revision=source.name, token=token)
+        copy_preprocessing([of_delta, of_base], folder)
+    values = {"output": str(output), "model_class": type(merged).__name__, "dtype": str(merged.dtype)[6:]}
+    emit({**values, "files": sorted(os.listdir(output))}, as_json)
+
+
+@app.command(cls=Command)
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub repo of the model before tuning.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="Folder or Hub repo of the model after tuning.")],
+    output: Folder,
+    base_revision: Annotated[str | None, typer.Option("--base-revision", help="Of the base's repo.")] = None,
+    tuned_revision: Annotated[str | None, typer.Option("--tuned-revision", help="Of the tuned model's repo.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Name of the base to write down, if BASE is a copy of it.")
+    ] = None,
+    force: Force = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Make a delta of a checkpoint whose biases and head were tuned by other code.
+
+    All other weights have to equal the base's. The largest error of `b_0 + δ` is printed; it is at most half a unit in
+    the last place.
+
+    \b
+    Examples:
+      bitfit extract bert-base-uncased ./their-bitfit-rte -o rte
+      bitfit extract ./bert-copy ./tuned -o rte --base-model bert-base-uncased
+    """
+    from ..delta import BiasDelta
+    from .checkpoints import check_output, is_local, load_model, model_class, read_model_config
+
+    output = check_output(output, force=force)
+    cls = model_class(read_model_config(tuned, revision=tuned_revision, token=token), tuned)
+    before = load_model(base, cls, revision=base_revision, token=token, complete=True)
+    after = load_model(tuned, cls, revision=tuned_revision, token=token, complete=True)
+    value = BiasDelta.from_models(before, after)
+    local = os.path.abspath(base) if is_local(base) else base
+    value.config.base_model_name_or_path = base_model or local
+    # By which `merge` and AutoPeftModel choose the class that has this head.
+    value.config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    value.save_pretrained(output)
+    values = {
+        "output": str(output),
+        "model_class": cls.__name__,
+        "base_model": value.config.base_model_name_or_path,
+        "biases": value.num_parameters(),
+        "head": value.num_parameters(head=True) - value.num_parameters(),
+        "largest_error": value.extraction_error,
+    }
+    emit(values, as_json)
+
+
+@app.command(cls=Command)
+def export(
+    delta: Delta,
+    output: Folder,
+    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the only format).")] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Folder or Hub repo of the base; by default the one the delta names.")
+    ] = None,
+    base_revision: BaseRevision = None,
+    delta_revision: DeltaRevision = None,
+    task_type: Task = None,
+    force: Force = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Write a delta in a form that loads without bitfit_hf.
+
+    With --stock, as a LoRA adapter that stock peft and transformers load with the same outputs.
+
+    \b
+    Examples:
+      bitfit export user/bert-base-rte-bitfit --stock -o rte-lora
+      bitfit export ./rte --stock --base ./bert -o rte-lora
+    """
+    from ..stock import export_stock
+    from .checkpoints import new_folder
+
+    if not stock:
+        raise typer.BadParameter("Say which format: `--stock` is the one there is.")
+    with new_folder(output, force=force) as folder:
+        value, _ = _read(delta, delta_revision, token)
+        name = base or value.config.base_model_name_or_path
+        if name is None:
+            raise CheckpointError(f"{delta} does not name its base; pass --base.")
+        export_stock(value, folder, base=_load_base(name, value, base_revision, task_type, token))
+    emit({"output": str(output), "base_model": name, "files": sorted(os.listdir(output))}, as_json)
+
+
+@app.command(cls=Command)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a delta.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Repo on the Hub, made if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="If the repo is new, make it private.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, made if it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="The base's name on the Hub, if it was loaded from a folder.")
+    ] = None,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Add stock/, which loads without bitfit_hf. Loads the base.")
+    ] = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Push a delta and its model card to the Hub, with the tokenizer files beside it, and nothing else.
+
+    \b
+    Examples:
+      bitfit push ./rte user/bert-base-rte-bitfit
+      bitfit push ./rte user/bert-base-rte-bitfit --base-model bert-base-uncased --private
+    """
+    from ..errors import DeltaNotFoundError
+    from ..hub import push_to_hub
+
+    if not folder.is_dir():
+        raise DeltaNotFoundError(f"There is no folder {folder}.")
+    commit = push_to_hub(
+        folder,
+        repo,
+        private=private or None,
+        revision=revision,
+        token=token,
+        commit_message=message,
+        create_pr=create_pr,
+        stock=stock,
+        base_model=base_model,
+    )
+    values = {
+        "repo": commit.repo_url.repo_id,
+        "commit": commit.oid,
+        "url": commit.commit_url,
+        "pull_request": commit.pr_url,
+    }
+    emit(values, as_json)
+
+
+@app.command(cls=Command)
+def plot(
+    delta: Delta,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="The .png, .svg or .pdf to write.")],
+    title: Annotated[str | None, typer.Option("--title", help="Written above the picture.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the repo.")] = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Draw how far each bias has moved, by term and layer: Figure 1 of the paper.
+
+    With --json the numbers that are drawn are printed too.
+
+    \b
+    Examples:
+      bitfit plot user/bert-base-rte-bitfit -o rte.png
+      bitfit plot ./rte -o rte.pdf --title RTE
+    """
+    from ..analysis import UNIT, bias_change, plot_bias_change
+
+    if output.suffix.lower() not in _PICTURES:
+        raise OutputError(f"{output} has to end in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}.")
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; pass the file to write.")
+    rows = bias_change(_read(delta, revision, token)[0])
+    plot_bias_change(rows, output, title=title)
+    drawn = {"unit": UNIT, "rows": [vars(row) for row in rows]} if as_json else {}
+    emit({"output": str(output), **drawn}, as_json)
+
+
+def _read(name: str, revision: str | None, token: str | None) -> tuple[BiasDelta, Path]:
+    """A delta, and the local folder of its files."""
+    from ..delta import BiasDelta
+    from ..hub import fetch_delta
+
+    folder = fetch_delta(name, revision=revision, token=token)
+    return BiasDelta.from_folder(folder, where=name), folder
+
+
+def _load_base(name: str, delta: BiasDelta, revision: str | None, task_type: str | None, token: str | None) -> Any:
+    """The base model for a delta, of the class that has its head."""
+    from .checkpoints import load_model, model_class, read_model_config
+
+    revision = _base_revision(name, delta, revision)
+    config = read_model_config(name, revision=revision, token=token)
+    cls = model_class(config, name, task_type=task_type, delta=delta.config)
+    return load_model(name, cls, revision=revision, token=token)
+
+
+def _base_revision(name: str, delta: BiasDelta, revision: str | None) -> str | None:
+    pinned = delta.config.revision if name == delta.config.base_model_name_or_path else None
+    return revision or pinned

@@ -1,0 +1,157 @@
+"""The results of `bitfit inspect` and `bitfit diff` as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from .console import printable
+
+_SHOWN = 12  # entries of a long list
+
+
+def facts(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table:
+    """Names and values, without those that are not known."""
+    table = Table(title=title, show_header=False, box=None, title_justify="left", pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value not in (None, ""):
+            table.add_row(name, printable(value))
+    return table
+
+
+def columns(title: str, names: list[str], rows: Iterable[Iterable[object]], *, left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers; `None` is shown as a dash."""
+    table = Table(title=title, box=None, title_justify="left", title_style="bold", pad_edge=False, header_style="dim")
+    for index, name in enumerate(names):
+        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*("-" if value is None or value == "" else printable(value) for value in row))
+    return table
+
+
+def delta_tables(values: dict[str, Any]) -> list[RenderableType]:
+    """The result of `bitfit inspect` on a delta."""
+    counts = values["parameters"]
+    summary = facts(
+        [
+            ("base model", values["base_model"]),
+            ("revision", values["revision"]),
+            ("task", values["task_type"]),
+            ("bias parameters", f"{counts['biases']:,}{_share(counts)}"),
+            ("head parameters", f"{counts['head']:,}"),
+            ("together", f"{counts['total']:,}"),
+            ("added biases", f"{values['added_biases']:,}" if values["added_biases"] else None),
+            ("head", ", ".join(f"{name} {shape}" for name, shape in values["head"].items()) or "none"),
+            ("labels", _listed(values["labels"] or [])),
+            ("problem type", values["problem_type"]),
+            ("files", _listed(f"{name} ({_size(size)})" for name, size in values["files"].items())),
+        ],
+        title=f"BitFit delta {printable(values['name'])}",
+    )
+    tables: list[RenderableType] = [summary, "", _term_table(values)]
+    if values["metrics"]:
+        rows = [(m["dataset"], m["split"], m["metric"], _number(m["value"])) for m in values["metrics"]]
+        tables += ["", columns("Metrics", ["data set", "split", "metric", "value"], rows, left=3)]
+    if values["largest_changes"]:
+        changes = [(_name(r), r["layer"], _number(r["value"])) for r in values["largest_changes"]]
+        tables += ["", columns("Largest changes (mean |δ|)", ["term", "layer", "change"], changes)]
+    return tables
+
+
+def base_tables(values: dict[str, Any]) -> list[RenderableType]:
+    """The result of `bitfit inspect` on a base model."""
+    counts = values["parameters"]
+    head = "not known for this class; name it in `modules_to_save`" if values["head"] is None else None
+    missing = f"{values['missing_biases']:,} layers (add_missing_biases=True)" if values["missing_biases"] else None
+    summary = facts(
+        [
+            ("model class", values["model_class"]),
+            ("parameters", f"{counts['base']:,} without head"),
+            ("bias parameters", f"{counts['biases']:,}{_share(counts)}"),
+            ("could be added in", missing),
+            ("head", head or _listed(values["head"]) or "none"),
+            ("head parameters", f"{counts['head']:,}" if counts["head"] else None),
+            ("not selected", _listed(values["unknown_vectors"])),
+        ],
+        title=f"Base model {printable(values['name'])}",
+    )
+    return [summary, "", _term_table(values)]
+
+
+def result_table(values: dict[str, Any]) -> list[RenderableType]:
+    """The result of a command that writes something."""
+    return [
+        facts(
+            (name.replace("_", " "), _listed(value) if isinstance(value, list) else value)
+            for name, value in values.items()
+        )
+    ]
+
+
+def diff_tables(values: dict[str, Any]) -> list[RenderableType]:
+    """The result of `bitfit diff`."""
+    head = values["head"]
+    if head["comparable"]:
+        heads = "equal" if head["distance"] == 0 else f"distance {_number(head['distance'])}"
+    else:
+        heads = "of different shape" if head["a"] and head["b"] else "only in " + ("A" if head["a"] else "B")
+    summary = facts(
+        [
+            ("A", _one(values["a"])),
+            ("B", _one(values["b"])),
+            ("same base", "yes" if values["same_base"] else "no: what follows compares deltas of different models"),
+            ("head", heads if head["a"] or head["b"] else None),
+        ]
+    )
+    rows = [(_name(r), r["layer"], *_measures(r)) for r in values["rows"]]
+    rows.append(("all", None, *_measures(values["total"])))
+    names = ["term", "layer", "distance", "cosine", "size"]
+    tables: list[RenderableType] = [summary, "", columns("Distance (mean |δ_A − δ_B|)", names, rows)]
+    for label in ("a", "b"):
+        alone = [f"{r['tensor']} ({r['term']})" for r in values["only_one"] if r["delta"] == label]
+        if alone:
+            tables += ["", facts([(f"only in {label.upper()}", f"{len(alone):,} tensors: {_listed(alone)}")])]
+    return tables
+
+
+def _term_table(values: dict[str, Any]) -> Table:
+    rows = [(_name(row), f"{row['tensors']:,}", f"{row['parameters']:,}") for row in values["terms"]]
+    return columns("Bias terms", ["term", "tensors", "parameters"], rows)
+
+
+def _name(row: dict[str, Any]) -> str:
+    name = row["term"] if row["symbol"] == row["term"] else f"{row['term']} ({row['symbol']})"
+    return f"{row['stack']} {name}" if row.get("stack") else name
+
+
+def _measures(row: dict[str, Any]) -> tuple[str | None, str | None, str]:
+    cosine = None if row["cosine"] is None else f"{row['cosine']:.4f}"
+    return None if row["distance"] is None else _number(row["distance"]), cosine, f"{row['size']:,}"
+
+
+def _one(summary: dict[str, Any]) -> str:
+    revision = f" at {summary['revision'][:12]}" if summary["revision"] else ""
+    return f"{summary['biases']:,} biases, head of {summary['head']:,}, base {summary['base_model']}{revision}"
+
+
+def _share(counts: dict[str, Any]) -> str:
+    percent = counts["biases_percent_of_base"]
+    return "" if percent is None else f" ({percent:.3f} % of the base)"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def _listed(items: Iterable[str]) -> str:
+    entries = list(items)
+    return ", ".join(entries[:_SHOWN]) + (f" and {len(entries) - _SHOWN:,} more" if len(entries) > _SHOWN else "")
