@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 
 from . import errors
 from .analysis import bias_change, plot_bias_change
+from .bank import TaskBank
 from .callback import BitFitCallback
 from .config import BitFitConfig
 from .delta import BiasDelta, load_delta
@@ -26,6 +27,7 @@ __all__ = [
     "BitFitConfig",
     "BitFitLayer",
     "BitFitModel",
+    "TaskBank",
     "base_mismatch",
     "bias_change",
     "load_delta",

@@ -1,0 +1,247 @@
+"""[`Base`]: the bank's copy of the base model, whose layers can add each example's own delta."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..applying import LEDGERS
+from ..errors import TaskBankError
+from ..terms import Bias, find_biases, head_modules
+from ..terms.structure import stock_root, walk
+from .batch import Batch, Member, running
+from .layers import BankedLayer
+from .parts import Part
+from .regions import Region
+from .sites import Site
+from .trees import leaves, take
+from .trial import SIZES, Trial
+
+# A mixed batch may differ from its examples one by one by this share of what the deltas change: far below what one
+# delta on the wrong example amounts to, far above rounding.
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_TOLERANCE_HALF = 0.2
+
+
+class Base:
+    """A copy of a model's structure that shares every tensor with it, prepared for mixed batches.
+
+    The given model is not touched: hooks, modes and classes of the copy are its own; weights are not copied.
+
+    Args:
+        model (`nn.Module`): A stock transformers model.
+        dtype (`torch.dtype`): Of the tables of deltas.
+        limit (`int`, *optional*): The most tasks there will be.
+        example_inputs (`Mapping[str, torch.Tensor]`, *optional*): For the trial run.
+
+    Raises:
+        [`TaskBankError`]: The model is none that a bank can serve.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype,
+        limit: int | None = None,
+        example_inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.model = _shared_copy(_check(model))
+        self.backbone: PreTrainedModel = self.model.base_model  # type: ignore[assignment]
+        self.device: torch.device = next(self.backbone.parameters()).device
+        self.backbone_path = next(path for path, module in walk(self.model) if module is self.backbone)
+        self.head = head_modules(self.model)
+        self.sites: list[Site] = []
+        self.layers: dict[nn.Module, BankedLayer] = {}
+        self._parts: dict[nn.Module, Part] = {}
+        self._take_over(dtype, limit)
+        self.unsupported: dict[int, str] = {}
+        trial = Trial(self.model if self._outside_backbone() else self.backbone, example_inputs)
+        self.mixing = trial.mixing
+        self._arrange(trial)
+        self._verify(trial)
+
+    # --- the layers ---
+
+    def _take_over(self, dtype: torch.dtype, limit: int | None) -> None:
+        grouped: dict[str, list[Bias]] = {}
+        for bias in find_biases(self.model, add_missing_biases=True):
+            grouped.setdefault(bias.name, []).append(bias)
+        places: dict[str, dict[str, Site]] = {}
+        modules = dict(walk(self.model))
+        for biases in grouped.values():
+            module = modules[biases[0].module]
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            site = Site(len(self.sites), biases, dtype, device, limit)
+            self.sites.append(site)
+            for name in (biases[0].name, *biases[0].aliases):
+                path, _, parameter = name.rpartition(".")
+                places.setdefault(path, {})[parameter] = site
+        for path, sites in places.items():
+            if modules[path] not in self.layers:  # a module may stand in several places
+                self.layers[modules[path]] = BankedLayer(path, modules[path], sites)
+
+    def _outside_backbone(self) -> bool:
+        inside = set(self.backbone.modules())
+        return any(module not in inside for module in self.layers)
+
+    def part(self, module: nn.Module) -> nn.Module:
+        """Makes a module run once for each batch; returns it."""
+        if module not in self._parts and next(module.children(), None) is not None:
+            self._parts[module] = Part(module)
+        return module
+
+    def site_of(self, module: nn.Module | None, parameter: str) -> Site | None:
+        """The site of a bias, by the module that holds it."""
+        layer = self.layers.get(module) if module is not None else None
+        return None if layer is None else layer.sites.get(parameter)
+
+    # --- how they mix ---
+
+    def _arrange(self, trial: Trial) -> None:
+        """Chooses for each layer how its biases get into a mixed batch."""
+        paths = {module: path for path, module in trial.model.named_modules()}
+        regions: dict[str, list[Site]] = {}
+        for module, layer in self.layers.items():
+            path = paths[module]
+            layer.reached = trial.reached(path) or layer in trial.strangers
+            axis = trial.output_axis(path)
+            if layer.adds_at_output and layer not in trial.strangers and (not layer.reached or _fits(axis, layer)):
+                layer.batch_axis = axis
+                continue
+            region = self._enclosing(trial, path)
+            if region is None:
+                for site in layer.sites.values():
+                    self.unsupported[site.number] = layer.path
+            else:
+                regions.setdefault(region, []).extend(layer.sites.values())
+        self._split(trial, regions)
+
+    def _enclosing(self, trial: Trial, path: str) -> str | None:
+        while True:
+            if trial.separable(path) is not None:
+                return path
+            if not path:
+                return None
+            path = path.rpartition(".")[0]
+
+    def _split(self, trial: Trial, regions: Mapping[str, Iterable[Site]]) -> None:
+        # Outer modules last: their forward is the outermost, and inside it the inner ones have one task to do.
+        for path in sorted(regions, key=len, reverse=True):
+            axes = trial.separable(path)
+            assert axes is not None
+            Region(path, trial.model.get_submodule(path), regions[path], *axes)
+
+    # --- is it right? ---
+
+    def _verify(self, trial: Trial) -> None:
+        """Holds a mixed batch against its examples one by one; where they differ, splits the whole model instead."""
+        if self._error(trial) > self._tolerance:
+            roots = {"", next(path for path, module in trial.model.named_modules() if module is self.backbone)}
+            if trial.separable("") is not None:
+                self._split(trial, {path: self.sites for path in roots if trial.separable(path) is not None})
+            if trial.separable("") is None or self._error(trial) > self._tolerance:
+                raise TaskBankError(
+                    f"{type(self.model).__name__} mixes the examples of a batch, or the bank cannot tell them apart: "
+                    "a batch of several tasks does not give what each example gives alone. Serve this model with one "
+                    "tuned model per task (`load_delta`)."
+                )
+
+    @property
+    def _tolerance(self) -> float:
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return _TOLERANCE.get(dtype, _TOLERANCE_HALF)
+
+    @torch.no_grad()
+    def _error(self, trial: Trial) -> float:
+        """The largest difference, as a share of what random deltas change."""
+        size = SIZES[0]
+        inputs = trial.batch(size)
+        usable = [site for site in self.sites if site.number not in self.unsupported]
+        tables = {site: site.table for site in self.sites}
+        generator = torch.Generator().manual_seed(0)
+        members = []
+        for number in range(size):
+            member = Member(None, [number], len(self.sites))
+            member.rows = [number + 1 if site in usable else 0 for site in self.sites]
+            members.append(member)
+        try:
+            for site in usable:
+                deltas = 0.1 * torch.randn((size + 1, site.size), generator=generator)
+                deltas[0] = 0
+                site.table = deltas.to(site.table)
+            mixed = self._outputs(trial, Batch(members, size), inputs)
+            worst, change = 0.0, 0.0
+            for number, member in enumerate(members):
+                example = torch.tensor([number], device=next(iter(inputs.values())).device)
+                one = {name: take(value, 0, example, size) for name, value in inputs.items()}
+                alone = self._outputs(trial, Batch([_moved(member)], 1), one)
+                plain = self._outputs(trial, Batch([Member(None, [0], len(self.sites))], 1), one)
+                for path, value in alone.items():
+                    same = mixed[path][number : number + 1]
+                    if same.shape == value.shape:  # padded alike
+                        worst = max(worst, _gap(same, value))
+                        change = max(change, _gap(plain[path], value))
+        finally:
+            for site, table in tables.items():
+                site.table = table
+        return worst / max(change, 1e-6)
+
+    def _outputs(self, trial: Trial, batch: Batch, inputs: Mapping[str, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        _, outputs = trial.axes("")
+        first = {path for call in outputs or () for path, axis in call.items() if axis == 0}
+        with running(batch):
+            found = dict(leaves(trial.model(**inputs)))
+        return {path: value for path, value in found.items() if path in first and value.is_floating_point()}
+
+
+def _check(model: nn.Module) -> PreTrainedModel:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise TaskBankError(
+            f"This {type(model).__name__} has PEFT adapters injected. A bank needs the stock base model; add the "
+            "adapters as tasks: `bank.add_task(name, BiasDelta.from_model(model, adapter_name))`."
+        )
+    root = stock_root(model)
+    if not isinstance(root, PreTrainedModel):
+        raise TaskBankError(
+            f"A bank serves tasks on a stock transformers model, got a {type(root).__name__}. Load the deltas' base "
+            "with `AutoModel.from_pretrained(...)`."
+        )
+    if root in LEDGERS:
+        raise TaskBankError(
+            "This model has a delta written into its biases. Take it out (`delta.remove_(model)`) or load the base "
+            "again; the delta can be a task of the bank."
+        )
+    return root
+
+
+def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy of everything but the tensors, which it shares."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo).eval()
+    for config in {
+        id(module.config): module.config for module in twin.modules() if hasattr(module, "config")
+    }.values():
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # nothing is generated, so caches of keys and values would be filled for nobody
+    return twin
+
+
+def _fits(axis: int | None, layer: BankedLayer) -> bool:
+    return axis is not None and axis >= 0 and axis != layer.channel_axis
+
+
+def _moved(member: Member) -> Member:
+    alone = Member(None, [0], len(member.rows))
+    alone.rows = member.rows
+    return alone
+
+
+def _gap(one: torch.Tensor, two: torch.Tensor) -> float:
+    return torch.nan_to_num(one.float() - two.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()

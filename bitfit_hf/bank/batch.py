@@ -1,0 +1,113 @@
+"""What is known while one mixed batch runs: which example belongs to which task.
+
+It travels in a context variable, so nothing of it lies in the modules that all threads share, and a layer that is run
+by somebody else's code finds none and computes what the stock layer computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .residents import Resident
+
+
+class Member:
+    """One of the distinct tasks of a batch.
+
+    Args:
+        resident ([`Resident`], *optional*): The task's deltas and head; `None` for the base itself.
+        examples (`list[int]`): Its places in the batch, ascending.
+        num_sites (`int`): How many biases the base has.
+    """
+
+    def __init__(self, resident: Resident | None, examples: list[int], num_sites: int) -> None:
+        self.resident = resident
+        self.examples = examples
+        self.rows: Sequence[int] = (0,) * num_sites if resident is None else resident.rows
+        self._index: dict[torch.device, torch.Tensor] = {}
+
+    def index(self, device: torch.device) -> torch.Tensor:
+        """Its places as a tensor."""
+        if device not in self._index:
+            self._index[device] = torch.tensor(self.examples, device=device)
+        return self._index[device]
+
+
+class Batch:
+    """One request to the bank.
+
+    Args:
+        members (`Sequence[Member]`): Its tasks; together they cover every example once.
+        size (`int`): Number of examples.
+
+    Attributes:
+        alone ([`Member`], *optional*): While set, everything is computed with this task's deltas.
+        within (`object`, *optional*): The layer whose own code is running, which may read its stored bias.
+        answering (`Sequence[Member]`): The tasks whose head is running.
+        results (`dict`): What parts of the base have computed for this batch, see [`bitfit_hf.bank.parts`].
+        strangers (`set`, *optional*): In a trial run, collects the layers whose bias is read by other code.
+    """
+
+    def __init__(self, members: Sequence[Member], size: int) -> None:
+        self.members = members
+        self.size = size
+        # Where all examples are of one task there is nothing to mix.
+        self.alone: Member | None = members[0] if len(members) == 1 else None
+        self.within: object | None = None
+        self.answering: Sequence[Member] = ()
+        self.results: dict[int, list[tuple[Any, Any]]] = {}
+        self.strangers: set[object] | None = None
+        table = torch.tensor([list(member.rows) for member in members])
+        owner = torch.empty(size, dtype=torch.long)
+        for number, member in enumerate(members):
+            owner[member.examples] = number
+        rows = table[owner].t().contiguous()  # (sites, examples)
+        self.active: list[bool] = table.any(dim=0).tolist()
+        self._rows = {rows.device: rows}
+
+    def rows(self, site: int, device: torch.device) -> torch.Tensor:
+        """The row of each example in the table of a site, `(examples,)`."""
+        if device not in self._rows:
+            self._rows[device] = self._rows[torch.device("cpu")].to(device)
+        return self._rows[device][site]
+
+    @contextmanager
+    def only(self, member: Member) -> Iterator[None]:
+        """Computes with one task's deltas inside the block."""
+        before, self.alone = self.alone, member
+        try:
+            yield
+        finally:
+            self.alone = before
+
+    def call_within(self, layer: object, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs a layer's own code, which may read the layer's stored bias."""
+        before, self.within = self.within, layer
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.within = before
+
+
+_current: ContextVar[Batch | None] = ContextVar("bitfit_bank_batch", default=None)
+
+
+def current() -> Batch | None:
+    """The batch that this thread is running, if any."""
+    return _current.get()
+
+
+@contextmanager
+def running(batch: Batch) -> Iterator[Batch]:
+    """Makes `batch` the current one inside the block."""
+    token = _current.set(batch)
+    try:
+        yield batch
+    finally:
+        _current.reset(token)

@@ -1,0 +1,74 @@
+"""[`BankOutput`]: one answer per example, each in its own task's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import ModelOutput
+
+
+class BankOutput(Sequence[ModelOutput]):
+    """
+    What a bank answers: a sequence with one `ModelOutput` per example, of the kind that its task's model returns,
+    without the batch dimension.
+
+    `out[i].logits` and `out.logits[i]` are the same. As an attribute, a field is a list with one entry per example,
+    `None` where the example's task has no such field: `logits` of classifiers, `start_logits` and `end_logits` of
+    question answering, `last_hidden_state` of a backbone without a head.
+
+    Args:
+        answers (`Sequence[ModelOutput]`): One per example.
+        tasks (`Sequence[str]`): Their tasks' names; `None` for the base.
+    """
+
+    def __init__(self, answers: Sequence[ModelOutput], tasks: Sequence[str | None]) -> None:
+        self._answers = list(answers)
+        self.tasks = list(tasks)
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __iter__(self) -> Iterator[ModelOutput]:
+        return iter(self._answers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._answers[index]
+
+    def __getattr__(self, name: str) -> list[Any]:
+        if not name.startswith("_"):
+            column = [answer.get(name) for answer in self._answers]
+            if any(value is not None for value in column):
+                return column
+        raise AttributeError(f"no example of this batch has {name!r}; there are {self.fields}")
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the fields that some example has."""
+        return list(dict.fromkeys(name for answer in self.__dict__.get("_answers", ()) for name in answer))
+
+    def __repr__(self) -> str:
+        return f"BankOutput({len(self)} examples of {len(set(self.tasks))} tasks, fields {self.fields})"
+
+
+def example_of(output: ModelOutput, example: int, size: int, mixing: Container[str] = ()) -> ModelOutput:
+    """The part of a model's output that belongs to one example; fields that belong to none are left out.
+
+    Args:
+        output (`ModelOutput`): Of the whole batch.
+        example (`int`): Which one.
+        size (`int`): Of the batch.
+        mixing (`Container[str]`, *optional*): Fields in which examples come together.
+    """
+    rows = {name: _row(value, example, size) for name, value in output.items() if name not in mixing}
+    return type(output)(**{name: row for name, row in rows.items() if row is not None})
+
+
+def _row(value: Any, example: int, size: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[example] if value.dim() and value.shape[0] == size else None
+    if isinstance(value, (tuple, list)):
+        rows = [_row(item, example, size) for item in value]
+        return None if any(row is None for row in rows) else tuple(rows)
+    return None

@@ -1,0 +1,109 @@
+"""[`Site`]: one bias of the base, and the deltas that the tasks have there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..terms import Bias
+
+_FIRST_CAPACITY = 16
+
+
+class Site:
+    """One bias vector of the base with the deltas of all tasks, in one tensor.
+
+    Row 0 of the table is zero: the base, and every task that does not tune this bias. Rows are given to tasks and
+    taken back; a table that is full doubles. A row is written while no request uses it, and a grown table has every
+    row where it was, so requests read the table without a lock.
+
+    Args:
+        number (`int`): Its place among the base's sites.
+        biases (`Sequence[Bias]`): The terms that live in the vector.
+        dtype (`torch.dtype`): Of the table.
+        device (`torch.device`): Of the layer.
+        limit (`int`, *optional*): The most tasks there will be.
+    """
+
+    def __init__(
+        self, number: int, biases: Sequence[Bias], dtype: torch.dtype, device: torch.device, limit: int | None = None
+    ) -> None:
+        self.number = number
+        self.name = biases[0].name
+        self.shape = biases[0].shape
+        self.exists = biases[0].exists
+        self.size = torch.Size(self.shape).numel()
+        self.table = torch.zeros((1, self.size), dtype=dtype, device=device)
+        self._limit = limit
+        self._free: list[int] = []
+        self._next = 1
+
+    # --- rows ---
+
+    def take(self) -> int:
+        """Reserves a row."""
+        if self._free:
+            return self._free.pop()
+        self._next += 1
+        return self._next - 1
+
+    def give_back(self, row: int) -> None:
+        """Frees a row."""
+        self._free.append(row)
+
+    def write(self, row: int, delta: torch.Tensor, index: torch.Tensor | None) -> None:
+        """Writes a task's delta into its row.
+
+        Args:
+            row (`int`): From [`~Site.take`].
+            delta (`torch.Tensor`): The delta; of `index.numel()` values where `index` is given.
+            index (`torch.Tensor`, *optional*): Positions in the flattened vector, where only a part of it is tuned.
+        """
+        if row >= len(self.table):
+            self._grow(row + 1)
+        if index is None:
+            self.table[row] = delta.flatten().to(self.table)
+        else:
+            whole = torch.zeros(self.size, dtype=self.table.dtype)
+            whole[index] = delta.flatten().to(whole)
+            self.table[row] = whole.to(self.table)
+
+    def _grow(self, needed: int) -> None:
+        capacity = max(needed, 2 * len(self.table), _FIRST_CAPACITY)
+        if self._limit is not None:
+            capacity = max(needed, min(capacity, self._limit + 1))
+        # Left uninitialised: rows that no task has are never read, and cost no memory before they are written.
+        grown = torch.empty((capacity, self.size), dtype=self.table.dtype, device=self.table.device)
+        grown[: len(self.table)] = self.table
+        self.table = grown
+
+    # --- the effective bias ---
+
+    def effective(self, row: int, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """`b_0 + δ` of one task, formed in float32 and cast once to `dtype`."""
+        delta = self.table[row].view(self.shape)
+        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+        return (delta if base is None else base + delta).to(dtype)
+
+    def effective_rows(self, rows: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """`b_0 + δ` of each example, `(examples, size)`."""
+        deltas = self.delta_rows(rows)
+        return (deltas if base is None else base + deltas).to(dtype)
+
+    def delta_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """`δ` of each example, `(examples, size)`, in float32 or finer."""
+        deltas = self.table.index_select(0, rows)
+        return deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+
+    # --- memory ---
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the rows that tasks have."""
+        return (self._next - 1 - len(self._free)) * self.size * self.table.element_size()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the table."""
+        return self.table.numel() * self.table.element_size()
