@@ -179,9 +179,10 @@ def _tensors(module: nn.Module, parameter: str) -> Iterator[tuple[str, torch.Ten
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
-    owner = vars(module).get("_bitfit_owner")
-    tuned = owner is not None and name in owner[0].bias_parameters
-    tensor = owner[0].base_bias(name) if tuned else module._parameters.get(name)
+    tensor = module._parameters.get(name)
+    owner: Any = vars(module).get("_bitfit_owner")
+    if owner is not None and name in owner[0].bias_parameters:
+        tensor = owner[0].base_bias(name)  # adapters may be merged into the parameter
     if tensor is None or not tensor.is_meta:
         return tensor
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's offloading

@@ -153,6 +153,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
                 "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
                 "`bitfit_hf.TaskBank`."
             )
+        if self._disable_adapters and self.merged:
+            return self.base_bias(parameter)
         deltas = self._deltas(parameter)
         names = [name for name in self._in_use if name in deltas]
         if not names:
@@ -241,6 +243,12 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def _mixed_by_row(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """For layers that use their bias inside: runs the batch once per adapter and keeps each example's rows."""
+        if isinstance(self.base_layer, nn.MultiheadAttention) and not self.base_layer.batch_first:
+            raise UnsupportedLayerError(
+                "A MultiheadAttention layer with `batch_first=False` has the sequence where the batch is looked for, "
+                "so `adapter_names` cannot be applied per example. Run one batch per adapter, or use "
+                "`bitfit_hf.TaskBank`."
+            )
         inside = [layer for layer in self.base_layer.modules() if isinstance(layer, BitFitLayer)]
         results = {}
         for name in dict.fromkeys(adapter_names):
@@ -263,27 +271,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         Raises:
             [`MergeError`]: The result is not finite, or the layer has no place for a bias.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
-        if not names:
-            return
-        if self._adds_to_output:
-            raise MergeError(
-                f"A {stock_class(self.base_layer).__name__} layer computes without a bias, so the one that "
-                "`add_missing_biases=True` gave it cannot be merged. Keep the delta separate."
-            )
-        merged = {}
-        for parameter in self.bias_parameters:
-            base = self.base_bias(parameter)
-            present = [name for name in [*self.merged_adapters, *names] if name in self._deltas(parameter)]
-            if present:
-                with torch.no_grad():
-                    merged[parameter] = self._sum(parameter, base, present)
-                if safe_merge and not torch.isfinite(merged[parameter]).all():
-                    raise MergeError(
-                        f"Merging {present} gives NaN or Inf in the `{parameter}` of a "
-                        f"{stock_class(self.base_layer).__name__} layer; the adapter seems to be broken."
-                    )
-        for parameter, value in merged.items():
+        names = self._to_merge(adapter_names)
+        for parameter, value in self.merged_biases(names, safe_merge=safe_merge).items():
             stored = self._stored_bias(parameter)
             if parameter not in self._stored:
                 self._stored[parameter] = None if stored is None else stored.detach().clone()
@@ -292,6 +281,37 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             else:
                 stored.data.copy_(value)
         self.merged_adapters.extend(names)
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if self.has_adapter(name)]
+
+    def check_merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises what [`~BitFitLayer.merge`] would raise, and changes nothing."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of adapters that are merged already; `merge` warns of them
+            names = self._to_merge(adapter_names)
+        self.merged_biases(names, safe_merge=safe_merge)
+
+    @torch.no_grad()
+    def merged_biases(self, names: list[str], *, safe_merge: bool = False) -> dict[str, torch.Tensor]:
+        """What the biases are when `names` are merged beside those that are merged already."""
+        if names and self._adds_to_output:
+            raise MergeError(
+                f"A {stock_class(self.base_layer).__name__} layer computes without a bias, so the one that "
+                "`add_missing_biases=True` gave it cannot be merged. Keep the delta separate."
+            )
+        merged = {}
+        for parameter in self.bias_parameters:
+            present = [name for name in [*self.merged_adapters, *names] if name in self._deltas(parameter)]
+            if not names or not present:
+                continue
+            merged[parameter] = self._sum(parameter, self.base_bias(parameter), present)
+            if safe_merge and not torch.isfinite(merged[parameter]).all():
+                raise MergeError(
+                    f"Merging {present} gives NaN or Inf in the `{parameter}` of a "
+                    f"{stock_class(self.base_layer).__name__} layer; the adapter seems to be broken."
+                )
+        return merged
 
     def unmerge(self) -> None:
         """Puts back the stored bias that the base had before merging, bit for bit."""

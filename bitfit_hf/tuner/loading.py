@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -59,14 +60,8 @@ class Loading:
         if self.tensors is not None:
             check_values(self.tensors, where="the state dict")
             return self.tensors
-        from ..hub import fetch_delta
-
-        assert self.path_or_repo is not None
-        known = inspect.signature(fetch_delta).parameters
-        kwargs = {name: value for name, value in self.hub_kwargs.items() if name in known and value is not None}
-        folder = fetch_delta(self.path_or_repo, **kwargs)
-        values, tensors = read_pair(folder)
-        where = self.path_or_repo
+        values, tensors = read_pair(self._folder())
+        where = str(self.path_or_repo)
         check_values(tensors, where=where)
         if config.weights_digest not in (None, values.get("weights_digest")):
             if values.get("peft_type") != config.peft_type:
@@ -75,6 +70,16 @@ class Loading:
             vars(config).update(vars(BitFitConfig.from_peft_type(**values)), inference_mode=inference_mode)
         check_digest(tensors, config.weights_digest, where=where)
         return tensors
+
+    def _folder(self) -> Path:
+        assert self.path_or_repo is not None
+        if os.path.isdir(self.path_or_repo):
+            return Path(self.path_or_repo, self.hub_kwargs.get("subfolder") or "")
+        from ..hub import fetch_delta
+
+        known = inspect.signature(fetch_delta).parameters
+        kwargs = {name: value for name, value in self.hub_kwargs.items() if name in known and value is not None}
+        return fetch_delta(self.path_or_repo, **kwargs)
 
 
 def loading_in_progress() -> Loading | None:

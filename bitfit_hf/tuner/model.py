@@ -273,7 +273,21 @@ class BitFitModel(BaseTuner):
                 tensor.copy_(first_head[name])
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
 
-    # --- unloading ---
+    # --- merging and unloading ---
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the base's stored biases, in all layers or, where one refuses, in none.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): What to merge; the active adapters by default.
+            safe_merge (`bool`, *optional*, defaults to `False`): Refuses a result with NaN or Inf.
+
+        Raises:
+            [`MergeError`]: The result is not finite, or a layer has no place for a bias.
+        """
+        for _, layer in tuned_layers(self.model):
+            layer.check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
@@ -285,6 +299,8 @@ class BitFitModel(BaseTuner):
         # PEFT's version does not look inside the layers that it takes out.
         model = self.model
         if merge:
+            for _, layer in tuned_layers(model):
+                layer.check_merge(safe_merge, adapter_names)
             prepare_merge(model, list(adapter_names or self.active_adapters))
         for name, module in reversed(list(model.named_modules())):
             if isinstance(module, (BitFitLayer, BitFitHead)):
