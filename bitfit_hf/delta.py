@@ -23,6 +23,7 @@ from .errors import (
 from .files import KEY_PREFIX, check_values, digest, read_pair, write_pair
 from .fingerprint import OnMismatch, check_base, fingerprint
 from .layout import decode_layout, encode_layout
+from .pinning import base_commit
 from .terms import Bias, find_biases, head_modules
 from .terms.structure import stock_root, walk
 from .tuner.layer import PREFIX, span_index
@@ -212,6 +213,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             errors.append((back.double() - b_f.double()).abs().max().item())
             index = span_index(group)
             deltas[name] = delta.clone() if index is None else delta.flatten()[index]
+        prints = fingerprint(base, biases)
         config = BitFitConfig(
             num_labels=tuned.config.num_labels if head_names else None,
             id2label=dict(tuned.config.id2label) if head_names else None,
@@ -219,8 +221,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             modules_to_save=head_names or None,
             add_missing_biases=any(not bias.exists for bias in biases),
             base_model_name_or_path=getattr(base, "name_or_path", None) or None,
-            revision=getattr(getattr(base, "config", None), "_commit_hash", None),
-            base_fingerprint=fingerprint(base, biases),
+            revision=base_commit(getattr(base, "name_or_path", None), prints),
+            base_fingerprint=prints,
             base_num_parameters=num_base_parameters(base, head_modules(base)) or None,
             bias_layout=encode_layout(biases),
         )

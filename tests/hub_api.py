@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
+import yaml
 from hub_http import Request, Response, Router, find_repo, require_user, require_writer
 from hub_metadata import read_header, validate_card
 from hub_store import Blob, Commit, HubError, PullRequest, Repo, is_ignored
@@ -97,7 +98,7 @@ def info(hub: LoopbackHub, request: Request, repo_id: str, revision: str = "main
     commit = repo.resolve(revision)
     try:
         card = read_header(commit.files.get("README.md", b"").decode())
-    except ValueError:  # not YAML, or not UTF-8
+    except (ValueError, yaml.YAMLError):  # not UTF-8, or not YAML
         card = {}
     return Response.from_json(
         {

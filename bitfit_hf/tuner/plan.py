@@ -19,6 +19,7 @@ from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, Unsuppo
 from ..files import KEY_PREFIX
 from ..fingerprint import check_base, fingerprint
 from ..layout import encode_layout
+from ..pinning import base_commit
 from ..terms import Bias, find_biases, head_modules, select_biases
 from ..terms.structure import stock_root, walk
 from .head import BitFitHead, Labels, float32_copy, output_size
@@ -245,11 +246,11 @@ def _values(
         values["base_fingerprint"] = fingerprint(model, biases)
     if config.base_num_parameters is None:
         values["base_num_parameters"] = num_base_parameters(model, head) or None
-    model_config = getattr(model, "config", None)
     if config.base_model_name_or_path is None:
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if config.revision is None:
-        values["revision"] = getattr(model_config, "_commit_hash", None)
+        name = config.base_model_name_or_path or values["base_model_name_or_path"]
+        values["revision"] = base_commit(name, config.base_fingerprint or values["base_fingerprint"])
     if config.task_type is None and isinstance(model, PreTrainedModel):
         values["task_type"] = _task_type(model)
         if values["task_type"] is None and config.auto_mapping is None:
