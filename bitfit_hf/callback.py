@@ -18,6 +18,7 @@ from .config import BitFitConfig
 from .errors import TrainerSetupError
 from .guards import adapter_configs, check_arguments, refuse_other_methods, sharding_engine
 from .optim import base_rates, check_optimizer, head_rate, set_head_rate, trainable_deltas, trainable_head
+from .recompute import let_gradients_through
 from .run import TrainingRun, evaluation_metrics, training_run
 from .terms import SYMBOLS, TERMS
 from .terms.structure import stock_root
@@ -26,6 +27,7 @@ from .tuner.state import head_leaves, is_bitfit, tuned_layers
 
 if TYPE_CHECKING:
     import torch
+    from torch.utils.hooks import RemovableHandle
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class BitFitCallback(TrainerCallback):
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._arguments: weakref.WeakValueDictionary[int, TrainingArguments] = weakref.WeakValueDictionary()
         self._first_step = False
+        self._hooks: list[RemovableHandle] = []
         self._warned: list[float] = []
 
     # --- setting up ---
@@ -210,9 +213,16 @@ class BitFitCallback(TrainerCallback):
             if state.is_world_process_zero:
                 self._warn_of_low_rate(base_rates(trainable_deltas(model).values(), optimizer))
         self._first_step = True
+        self._remove_hooks()  # of a run that was broken off
+        self._hooks = let_gradients_through(model)
         self._describe(model, state)
         run = training_run(args, self.head_learning_rate, train_dataloader)
         adapter_configs(model)[self.adapter_name].run = run
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def _check_model(self, model: nn.Module, args: TrainingArguments, *, sharded: bool) -> None:
         if not is_bitfit(model):
@@ -344,6 +354,7 @@ class BitFitCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keeps the figures of the run for the model card."""
+        self._remove_hooks()
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is None:
             return
