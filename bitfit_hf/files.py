@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ KEY_PREFIX = "base_model.model."  # PEFT's, in front of every tensor's stock nam
 PENDING_CONFIG_FILE = ".adapter_config.pending.json"
 
 _MAX_CONFIG_BYTES = 64 * 2**20
+_ATTEMPTS, _PAUSE = 8, 0.02  # seconds; a save takes a few milliseconds between its two files
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -210,20 +212,29 @@ def read_pair(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
         [`DeltaIOError`]: One cannot be read.
     """
     folder = Path(folder)
-    for last in (False, False, True):  # somebody may be saving just now
-        values = read_config(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else None
-        pending = folder / PENDING_CONFIG_FILE
-        waiting = read_config(pending) if pending.exists() else None
-        if values is None and waiting is None:
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE)  # somebody may be saving just now
+        waiting = _waiting_config(folder)
+        if waiting is not None and not (folder / CONFIG_FILE).exists():
+            values = waiting  # the first save was cut short
+        else:
             values = read_config(folder / CONFIG_FILE)
         tensors = read_tensors(folder / WEIGHTS_FILE)
         found = digest(tensors)
         for candidate in (values, waiting):
             if candidate is not None and candidate.get("weights_digest") in (found, None):
                 return candidate, tensors
-        if last:
-            check_digest(tensors, (values or waiting or {}).get("weights_digest"), where=str(folder))
-    raise AssertionError("unreachable: the last attempt returns or raises")
+    check_digest(tensors, values["weights_digest"], where=str(folder))
+    raise AssertionError("unreachable: the digests differ")
+
+
+def _waiting_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration that a save in progress, or one that was cut short, has written; damaged ones do not count."""
+    try:
+        return read_config(folder / PENDING_CONFIG_FILE)
+    except (DeltaNotFoundError, DeltaFormatError):
+        return None
 
 
 @contextlib.contextmanager
