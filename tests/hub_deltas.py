@@ -1,0 +1,92 @@
+"""What the tests of pushing and loading share: a base on the loopback Hub, tuned models on it, a tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, VOCAB
+from hub_server import LoopbackHub
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from tuner_tester import fill_
+
+from bitfit_hf import BitFitConfig
+
+BASE = "alice/base"
+ARCH = ARCHITECTURES["bert-sequence"]
+LABELS = {0: "no", 1: "perhaps", 2: "yes", 3: "certainly"}
+INPUTS = ARCH.inputs(batch_size=2)
+
+# What every push holds, and what it can hold beside.
+DELTA_FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+PICTURE = {"bias_change.png"}
+STOCK_FILES = {"stock/adapter_config.json", "stock/adapter_model.safetensors"}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+
+
+@cache
+def base_files(seed: int = 0) -> dict[str, bytes]:
+    """A tiny BERT whose biases are not zero, with two labels, as its files on the Hub."""
+    model = ARCH.build(seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def put_base(hub: LoopbackHub, repo_id: str = BASE, *, seed: int = 0) -> str:
+    """Puts the base on the Hub; returns the commit."""
+    return hub.put(repo_id, base_files(seed), message="base")
+
+
+def load_base(name: str = BASE, **kwargs: Any) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(name, **kwargs).eval()
+
+
+def tune(base: PreTrainedModel, *, seed: int = 1, **values: Any) -> PeftModel:
+    """A wrapped model with four named labels whose delta and head are random, as if it had been trained."""
+    config = BitFitConfig(**{"task_type": "SEQ_CLS", "num_labels": 4, "id2label": LABELS, **values})
+    return fill_(get_peft_model(base, config), seed=seed).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(**INPUTS).logits.clone()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows the words `w5` to `w63`, and a few special ones."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, VOCAB))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=16,
+    )
+
+
+def save_base(folder: Path, *, seed: int = 0) -> Path:
+    """The base as a local folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in base_files(seed).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def names_a_path(files: dict[str, bytes], *places: object) -> list[str]:
+    """Which of a repository's files hold the name of one of these folders."""
+    needles = [str(place).encode() for place in (*places, Path.home(), Path.cwd())]
+    return [name for name, data in files.items() if any(needle in data for needle in needles)]
