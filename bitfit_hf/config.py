@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from .errors import ConfigError, collect
 from .files import digest
@@ -121,8 +121,6 @@ class BitFitConfig(PeftConfig):
     bitfit_version: str | None = field(default=None, metadata={"help": "Version of bitfit_hf that wrote this."})
 
     def __post_init__(self) -> None:
-        # PEFT's own check runs `task_type not in list(TaskType)`, which is fine for any type of value.
-        super().__post_init__()
         self.peft_type = BitFitPeftType.BITFIT
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
@@ -133,6 +131,7 @@ class BitFitConfig(PeftConfig):
         problems = [problem for name, check in _CHECKS.items() if (problem := check(name, getattr(self, name)))]
         if problems:
             raise ConfigError(f"BitFitConfig (adapter_config.json) holds values of the wrong type:{collect(problems)}")
+        super().__post_init__()
         self.bias_terms = _canonical(self.bias_terms)
         if self.id2label is not None:  # JSON turns the keys into strings
             self.id2label = {int(index): label for index, label in self.id2label.items()}
@@ -154,7 +153,11 @@ class BitFitConfig(PeftConfig):
             return
         if self.num_labels is None:
             self.num_labels = len(self.id2label)
-        if sorted(self.id2label) != list(range(self.num_labels)):
+        if (
+            not self.id2label
+            or len(self.id2label) != self.num_labels
+            or self.id2label.keys() != set(range(self.num_labels))
+        ):
             raise ConfigError(
                 f"`id2label` names the labels {sorted(self.id2label)[:8]} but `num_labels` is {self.num_labels}; "
                 f"name each of 0 to {self.num_labels - 1} once."
@@ -259,6 +262,7 @@ def _is_label_map(value: Any) -> bool:
 
 _NAMES = _kind("a string (a regular expression) or a list of strings", lambda v: isinstance(v, str) or _strings(v))
 _TEXT = _kind("a string", lambda v: isinstance(v, str))
+_MAX_LABELS = 1_000_000  # a file must not make the model build a head that no memory holds
 _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
@@ -268,9 +272,11 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     ),
     "add_missing_biases": _kind("a boolean", lambda v: isinstance(v, bool)),
     "inference_mode": _kind("a boolean", lambda v: isinstance(v, bool)),
+    "task_type": _kind(f"one of {', '.join(member.value for member in TaskType)}", lambda v: v in list(TaskType)),
+    "auto_mapping": _kind("a mapping", lambda v: isinstance(v, dict)),
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
-    "num_labels": _kind("a positive integer", lambda v: _is_int(v) and v > 0),
+    "num_labels": _kind(f"an integer from 1 to {_MAX_LABELS:,}", lambda v: _is_int(v) and 0 < v <= _MAX_LABELS),
     "id2label": _kind("a mapping of label numbers to names", _is_label_map),
     "problem_type": _kind(
         "one of regression, single_label_classification, multi_label_classification",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
@@ -105,12 +106,18 @@ class TensorPrint:
         dtype, shape, digests, packed = text.split(" ")
         if dtype != QUANTIZED and dtype not in _MANTISSA_BITS:
             raise ValueError(f"unknown dtype {dtype!r}")
+        sizes = [] if shape == "scalar" else shape.split("x")
+        if not all(size.isascii() and size.isdigit() for size in sizes):
+            raise ValueError(f"no shape: {shape!r}")
         raw = b"" if packed == "-" else base64.b64decode(packed, validate=True)
+        sample = struct.unpack(f"<{len(raw) // 4}f", raw)
+        if len(sample) != min(SAMPLES, math.prod(map(int, sizes))):
+            raise ValueError(f"{len(sample)} sampled values of a tensor of shape {shape}")
         return cls(
             dtype,
-            () if shape == "scalar" else tuple(int(size) for size in shape.split("x")),
+            tuple(map(int, sizes)),
             {} if digests == "-" else dict(zip(_PRECISIONS, digests.split(","), strict=True)),
-            struct.unpack(f"<{len(raw) // 4}f", raw),
+            sample,
         )
 
     def difference(self, other: TensorPrint) -> str | None:
