@@ -79,7 +79,8 @@ def fail(message: str) -> NoReturn:
 
 def one_line(message: str) -> str:
     """Puts a message of several lines, with or without a list in it, on one."""
-    joined = re.sub(r"\s*\n\s*- ", "; ", message).replace(":; ", ": ")
+    joined = re.sub(r"[:.]\n\s*- ", ": ", message)  # where a list begins
+    joined = re.sub(r"\n\s*- ", "; ", joined)
     return printable(" ".join(joined.split()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,9 @@ from torch import nn
 from ..analysis import _pieces as pieces
 from ..analysis import bias_change, term_counts
 from ..delta import BiasDelta
-from ..errors import BaseModelMismatchError, UnknownHeadError
+from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..files import CARD_FILE
-from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, unknown_vectors
+from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, select_biases, unknown_vectors
 from ..terms.structure import walk
 from ..tuner.plan import num_base_parameters
 
@@ -79,8 +80,7 @@ def inspect_base(model: nn.Module, name: str) -> dict[str, Any]:
         head = head_modules(model)
     except UnknownHeadError:
         head = None
-    everywhere = find_biases(model, add_missing_biases=True)
-    biases = [bias for bias in everywhere if bias.exists]
+    biases = find_biases(model)
     modules = dict(walk(model))
     of_base = num_base_parameters(model, head or [])
     of_biases = sum(bias.num_parameters for bias in biases)
@@ -95,10 +95,20 @@ def inspect_base(model: nn.Module, name: str) -> dict[str, Any]:
             "base": of_base,
             "biases_percent_of_base": 100 * of_biases / of_base if of_base else None,
         },
-        "missing_biases": len({bias.name for bias in everywhere if not bias.exists}),
+        "missing_biases": _missing(model),
         "head": head,
         "unknown_vectors": unknown_vectors(model),
     }
+
+
+def _missing(model: nn.Module) -> int | None:
+    """How many layers `add_missing_biases=True` would give a bias; `None` where the model cannot be tuned as it is."""
+    try:
+        return sum(not bias.exists for bias in select_biases(model, add_missing_biases=True))
+    except NoBiasesError:
+        return 0
+    except UnknownHeadError:
+        return None
 
 
 def card_metrics(card: Path) -> list[dict[str, Any]]:
@@ -116,10 +126,17 @@ def card_metrics(card: Path) -> list[dict[str, Any]]:
             "dataset": result.dataset_name or result.dataset_type,
             "split": result.dataset_split,
             "metric": result.metric_name or result.metric_type,
-            "value": result.metric_value,
+            "value": _plain_value(result.metric_value),
         }
         for result in results
     ]
+
+
+def _plain_value(value: Any) -> Any:
+    """What JSON can hold of a value from YAML."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, str)) or value is None else str(value)
 
 
 def compare(a: BiasDelta, b: BiasDelta) -> dict[str, Any]:
