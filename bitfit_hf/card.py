@@ -69,7 +69,10 @@ _TASKS = {
     "ForAudioClassification": Task(
         "AutoModelForAudioClassification", "audio-classification", "audio classification", True
     ),
-    "ForSpeechSeq2Seq": Task("AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", "speech recognition", True),
+    "WhisperForConditionalGeneration": Task(
+        "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", "speech recognition", True
+    ),
+    "ForCTC": Task("AutoModelForCTC", "automatic-speech-recognition", "speech recognition", True),
     "ForFeatureExtraction": Task("AutoModel", "feature-extraction", "feature extraction"),
 }
 _BY_TASK_TYPE = {
@@ -206,8 +209,9 @@ class BitFitCardData:
             found.labels = []
         if run is not None:
             found.procedure = _procedure(run)
-            found.versions = dict(run.versions)
-            found.metrics = {name: value for name, value in run.metrics.items() if _is_metric(name, value)}
+            found.versions = dict(sorted(run.versions.items()))
+            metrics = sorted(run.metrics.items(), key=lambda item: (item[0].endswith("loss"), item[0]))
+            found.metrics = {name: value for name, value in metrics if _is_metric(name, value)}
             found.dataset, found.dataset_config = run.dataset, run.dataset_config
         for name, value in facts.items():
             if value is not None:
@@ -387,8 +391,6 @@ def _task(config: BitFitConfig) -> Task | None:
     modules = [key.partition(".")[0] for key in config.bias_layout or {}]
     if ending == "ForSequenceClassification" and any(module.startswith(_SPEECH) for module in modules):
         ending = "ForAudioClassification"
-    if ending == "ForSeq2SeqLM" and "model.encoder.conv1.bias" in (config.bias_layout or {}):  # Whisper
-        ending = "ForSpeechSeq2Seq"
     if ending is None:
         ending = next((known for known in _TASKS if name.endswith(known)), None)
     if ending is not None:
@@ -420,7 +422,9 @@ def _names(modules: list[str]) -> str:
 
 
 def _procedure(run: TrainingRun) -> dict[str, str]:
-    lines = {_WORDS.get(name, name): _value(v) for name, v in run.hyperparameters.items() if _is_known(v)}
+    given = run.hyperparameters
+    names = [name for name in _WORDS if name in given] + sorted(name for name in given if name not in _WORDS)
+    lines = {_WORDS.get(name, name): _value(given[name]) for name in names if _is_known(given[name])}
     if _is_known(run.steps):
         lines["updates"] = _value(run.steps)
     if _is_known(run.epochs):

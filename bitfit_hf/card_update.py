@@ -182,7 +182,7 @@ def _merge_metadata(old: OldCard, new: Mapping[str, Any]) -> dict[str, Any]:
     if "base_model" not in new and "base_model" not in kept:
         kept.pop("base_model_relation", None)
     tags = [tag for tag in _listed(old.metadata.get("tags")) if not str(tag).startswith(_PEFT_TAG)]
-    return {**new, **kept, "tags": list(dict.fromkeys([*tags, *new.get("tags", [])]))}
+    return {**new, **kept, "tags": list(dict.fromkeys([*new.get("tags", []), *tags]))}
 
 
 def _merge_text(old: str, new: str) -> str:

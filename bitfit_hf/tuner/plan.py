@@ -246,7 +246,7 @@ def _values(
         values["base_fingerprint"] = fingerprint(model, biases)
     if config.base_num_parameters is None:
         values["base_num_parameters"] = num_base_parameters(model, head) or None
-    if config.base_model_name_or_path is None:
+    if not config.base_model_name_or_path:  # PEFT takes over the empty name of a model made from a config
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if config.revision is None:
         name = config.base_model_name_or_path or values["base_model_name_or_path"]
