@@ -290,7 +290,7 @@ def test_inspect_counts_as_the_paper_does(run: Run, tmp_path: Path) -> None:
 
 
 def test_inspect_a_base_whose_head_is_not_known(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OwnBackbone(PreTrainedModel):
+    class OwnBackboneForSequenceClassification(PreTrainedModel):
         config_class = BertConfig
 
         def __init__(self, config: BertConfig) -> None:
@@ -298,8 +298,13 @@ def test_inspect_a_base_whose_head_is_not_known(run: Run, tmp_path: Path, monkey
             self.encoder = torch.nn.Linear(8, 8)
             self.scorer = torch.nn.Linear(8, 2)
 
-    monkeypatch.setattr(checkpoints.transformers, "OwnBackbone", OwnBackbone, raising=False)
-    BertConfig(architectures=["OwnBackbone"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        checkpoints.transformers,
+        "OwnBackboneForSequenceClassification",
+        OwnBackboneForSequenceClassification,
+        raising=False,
+    )
+    BertConfig(architectures=["OwnBackboneForSequenceClassification"]).save_pretrained(tmp_path)
     values = run("inspect", tmp_path, "--json").json
     assert values["head"] is None
     assert values["parameters"]["head"] is None
