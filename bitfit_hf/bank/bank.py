@@ -250,7 +250,8 @@ class TaskBank:
             members = []
             for name, examples in places.items():
                 kind = self._base_kind if name is None else held[name][0].kind
-                member = Member(None if name is None else held[name][1], examples, len(self._base.sites))
+                resident = None if name is None else held[name][1]
+                member = Member(examples, self._base.no_rows if resident is None else resident.rows, resident)
                 members.append(member)
                 kinds.setdefault(id(kind), (kind, []))[1].append(member)
             answers: list[Any] = [None] * len(names)

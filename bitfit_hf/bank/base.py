@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..applying import LEDGERS
-from ..errors import TaskBankError
+from ..errors import TaskBankError, UnknownHeadError
 from ..terms import Bias, find_biases, head_modules
 from ..terms.structure import stock_root, walk
 from .batch import Batch, Member, running
@@ -56,7 +56,7 @@ class Base:
         self.backbone: PreTrainedModel = self.model.base_model  # type: ignore[assignment]
         self.device: torch.device = next(self.backbone.parameters()).device
         self.backbone_path = next(path for path, module in walk(self.model) if module is self.backbone)
-        self.head = head_modules(self.model)
+        self.head = _head(self.model)
         self.sites: list[Site] = []
         self.layers: dict[nn.Module, BankedLayer] = {}
         self._parts: dict[nn.Module, Part] = {}
@@ -101,6 +101,11 @@ class Base:
         """The site of a bias, by the module that holds it."""
         layer = self.layers.get(module) if module is not None else None
         return None if layer is None else layer.sites.get(parameter)
+
+    @property
+    def no_rows(self) -> Sequence[int]:
+        """The rows of a task that tunes nothing: the base."""
+        return (0,) * len(self.sites)
 
     # --- how they mix ---
 
@@ -166,28 +171,24 @@ class Base:
         usable = [site for site in self.sites if site.number not in self.unsupported]
         tables = {site: site.table for site in self.sites}
         generator = torch.Generator().manual_seed(0)
-        members = []
-        for number in range(size):
-            member = Member(None, [number], len(self.sites))
-            member.rows = [number + 1 if site in usable else 0 for site in self.sites]
-            members.append(member)
+        rows = [[number * (site in usable) for site in self.sites] for number in (1, 2)]
+        members = [Member([0, 2], rows[0]), Member([1], rows[1])]
         try:
             for site in usable:
-                deltas = 0.1 * torch.randn((size + 1, site.size), generator=generator)
+                deltas = 0.1 * torch.randn((3, site.size), generator=generator)
                 deltas[0] = 0
                 site.table = deltas.to(site.table)
             mixed = self._outputs(trial, Batch(members, size), inputs)
             worst, change = 0.0, 0.0
-            for number, member in enumerate(members):
-                example = torch.tensor([number], device=next(iter(inputs.values())).device)
-                one = {name: take(value, 0, example, size) for name, value in inputs.items()}
-                alone = self._outputs(trial, Batch([_moved(member)], 1), one)
-                plain = self._outputs(trial, Batch([Member(None, [0], len(self.sites))], 1), one)
+            owners = {example: member for member in members for example in member.examples}
+            for example, member in owners.items():
+                index = torch.tensor([example], device=self.device)
+                one = {name: take(value, 0, index, size) for name, value in inputs.items()}
+                alone = self._outputs(trial, Batch([Member([0], member.rows)], 1), one)
+                plain = self._outputs(trial, Batch([Member([0], self.no_rows)], 1), one)
                 for path, value in alone.items():
-                    same = mixed[path][number : number + 1]
-                    if same.shape == value.shape:  # padded alike
-                        worst = max(worst, _gap(same, value))
-                        change = max(change, _gap(plain[path], value))
+                    worst = max(worst, _gap(mixed[path][example : example + 1], value))
+                    change = max(change, _gap(plain[path], value))
         finally:
             for site, table in tables.items():
                 site.table = table
@@ -221,13 +222,19 @@ def _check(model: nn.Module) -> PreTrainedModel:
     return root
 
 
+def _head(model: PreTrainedModel) -> list[str]:
+    try:
+        return head_modules(model)
+    except UnknownHeadError:  # a class without a rule is served as it is
+        return []
+
+
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A deep copy of everything but the tensors, which it shares."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo).eval()
-    for config in {
-        id(module.config): module.config for module in twin.modules() if hasattr(module, "config")
-    }.values():
+    for module in twin.modules():
+        config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # nothing is generated, so caches of keys and values would be filled for nobody
     return twin
@@ -235,12 +242,6 @@ def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def _fits(axis: int | None, layer: BankedLayer) -> bool:
     return axis is not None and axis >= 0 and axis != layer.channel_axis
-
-
-def _moved(member: Member) -> Member:
-    alone = Member(None, [0], len(member.rows))
-    alone.rows = member.rows
-    return alone
 
 
 def _gap(one: torch.Tensor, two: torch.Tensor) -> float:

@@ -21,15 +21,15 @@ class Member:
     """One of the distinct tasks of a batch.
 
     Args:
-        resident ([`Resident`], *optional*): The task's deltas and head; `None` for the base itself.
-        examples (`list[int]`): Its places in the batch, ascending.
-        num_sites (`int`): How many biases the base has.
+        examples (`Sequence[int]`): Its places in the batch, ascending.
+        rows (`Sequence[int]`): Its row in the table of each site; zeros for the base itself.
+        resident ([`Resident`], *optional*): The task in memory; `None` for the base.
     """
 
-    def __init__(self, resident: Resident | None, examples: list[int], num_sites: int) -> None:
+    def __init__(self, examples: Sequence[int], rows: Sequence[int], resident: Resident | None = None) -> None:
+        self.examples = list(examples)
+        self.rows = rows
         self.resident = resident
-        self.examples = examples
-        self.rows: Sequence[int] = (0,) * num_sites if resident is None else resident.rows
         self._index: dict[torch.device, torch.Tensor] = {}
 
     def index(self, device: torch.device) -> torch.Tensor:

@@ -150,7 +150,7 @@ class BankedLayer:
             return base.dtype
         weight = getattr(self.layer, "weight", None)
         # `compute_dtype` is that of bitsandbytes' 4-bit layers, whose weight is stored as integers.
-        dtype: torch.dtype = getattr(self.layer, "compute_dtype", None) or getattr(weight, "dtype", torch.float32)
+        dtype: Any = getattr(self.layer, "compute_dtype", None) or getattr(weight, "dtype", torch.float32)
         return dtype if dtype.is_floating_point else torch.float32
 
 

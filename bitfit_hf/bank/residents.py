@@ -65,10 +65,9 @@ class Source:
         if not os.path.isdir(self.place):
             # A branch may move on. The cache keeps each commit in a folder of its name, and finds it there without
             # asking the Hub.
-            parts = (
-                len(os.path.normpath(str(self.options["subfolder"])).split(os.sep)) if self.options["subfolder"] else 0
-            )
-            self.options = {**self.options, "revision": (folder.parents[parts - 1] if parts else folder).name}
+            inside = Path(self.options["subfolder"] or "")
+            commit = folder.parents[len(inside.parts) - 1] if inside.parts else folder
+            self.options = {**self.options, "revision": commit.name}
         delta = BiasDelta.from_folder(folder, where=self.place)
         digest = delta.config.weights_digest or delta.digest
         if self.digest is not None and digest != self.digest:

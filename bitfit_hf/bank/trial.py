@@ -132,7 +132,7 @@ class Trial:
 
         inputs = self.batch(size)
         handles = [module.register_forward_hook(see, with_kwargs=True) for module in self._paths]
-        batch = Batch([Member(None, list(range(size)), 1)], size)
+        batch = Batch([Member(range(size), [0])], size)
         batch.alone, batch.strangers = None, self.strangers
         try:
             with torch.no_grad(), running(batch):
