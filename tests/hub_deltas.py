@@ -11,8 +11,7 @@ import torch
 from architectures import ARCHITECTURES, VOCAB
 from hub_server import LoopbackHub
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertTokenizer, PreTrainedModel
 from tuner_tester import fill_
 
 from bitfit_hf import BitFitConfig
@@ -39,6 +38,7 @@ def base_files(seed: int = 0) -> dict[str, bytes]:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)  # `pipeline` takes the base's, whatever is beside the delta
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -62,20 +62,10 @@ def logits(model: Any) -> torch.Tensor:
     return model(**INPUTS).logits.clone()
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Knows the words `w5` to `w63`, and a few special ones."""
+def make_tokenizer() -> BertTokenizer:
+    """Knows the words `w5` to `w63`, each as the token of its number."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, VOCAB))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=16,
-    )
+    return BertTokenizer(vocab={word: i for i, word in enumerate(words)})
 
 
 def save_base(folder: Path, *, seed: int = 0) -> Path:

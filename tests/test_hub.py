@@ -72,7 +72,7 @@ def test_everything_that_can_go_along(hub, model, tmp_path):
     assert set(hub.files(REPO)) == DELTA_FILES | PICTURE | STOCK_FILES | TOKENIZER_FILES
     assert [commit.title for commit in hub.commits(REPO)] == ["all of it", "initial commit"]
     assert names_a_path(hub.files(REPO), tmp_path) == []
-    assert AutoTokenizer.from_pretrained(REPO)("w7 w9")["input_ids"] == [7, 9]
+    assert AutoTokenizer.from_pretrained(REPO)("w7 w9")["input_ids"] == [2, 7, 9, 3]
     assert config_on(hub, path="stock/adapter_config.json")["peft_type"] == "LORA"
 
 
