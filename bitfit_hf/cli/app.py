@@ -213,6 +213,8 @@ def extract(
     after = load_model(tuned, cls, revision=tuned_revision, token=token, complete=True)
     value = BiasDelta.from_models(before, after)
     local = os.path.abspath(base) if is_local(base) else base
+    if base_model not in (None, base):
+        value.config.revision = None  # a commit of BASE
     value.config.base_model_name_or_path = base_model or local
     # By which `merge` and AutoPeftModel choose the class that has this head.
     value.config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
@@ -288,7 +290,7 @@ def push(
     \b
     Examples:
       bitfit push ./rte user/bert-base-rte-bitfit
-      bitfit push ./rte user/bert-base-rte-bitfit --base-model bert-base-uncased --private
+      bitfit push ./rte user/rte --base-model bert-base-uncased --private
     """
     from ..errors import DeltaNotFoundError
     from ..hub import push_to_hub

@@ -101,24 +101,25 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     loading_bars, download_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        transformers_logging.disable_progress_bar()
-        if download_bars and sys.stderr.isatty():
-            enable_progress_bars()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("always", UserWarning)
-            yield
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
-            typer.echo(f"bitfit: warning: {one_line(message)}", err=True)
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-        if loading_bars:
-            transformers_logging.enable_progress_bar()
-        (enable_progress_bars if download_bars else disable_progress_bars)()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            transformers_logging.disable_progress_bar()
+            if download_bars and sys.stderr.isatty():
+                enable_progress_bars()
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", UserWarning)
+                yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+            if loading_bars:
+                transformers_logging.enable_progress_bar()
+            (enable_progress_bars if download_bars else disable_progress_bars)()
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        typer.echo(f"bitfit: warning: {one_line(message)}", err=True)
 
 
 def emit(
