@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .config import BitFitConfig
 from .errors import DeltaMismatchError, MergeError, collect
 from .terms.structure import stock_root, walk
-from .tuner.head import Labels, output_size, resized
+from .tuner.head import Labels, resized
 from .tuner.layer import reads_bias, span_index
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ class Ledger:
                 stored.copy_(base)
             return
         shape = next(d.biases[name][0].shape for d in self.applied if name in d)
-        like = module.weight if base is None else base
+        like = module._parameters["weight"] if base is None else base
+        assert like is not None
         total = torch.zeros(shape, dtype=torch.float32, device=like.device) if base is None else base
         dtype = like.dtype if like.dtype.is_floating_point else torch.float32
         total = total.to(torch.promote_types(total.dtype, torch.float32))
@@ -144,21 +146,25 @@ def _by_leaf(delta: BiasDelta) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def _resizable(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    size = output_size(leaf)
-    if size is None or "weight" not in tensors:
+    if not isinstance(leaf, (nn.Linear, Conv1D)) or "weight" not in tensors:
         return False
-    axis = 1 if hasattr(leaf, "nf") else 0
-    ours, theirs = list(leaf.weight.shape), list(tensors["weight"].shape)
+    axis = _output_axis(leaf)
+    ours, theirs = list(leaf.state_dict()["weight"].shape), list(tensors["weight"].shape)
     ours[axis] = theirs[axis]
     return ours == theirs
+
+
+def _output_axis(leaf: nn.Module) -> int:
+    return 1 if isinstance(leaf, Conv1D) else 0
 
 
 def _head_leaf(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy of the model's own leaf, with the delta's tensors in the model's dtype."""
     own = leaf.state_dict()
+    clone: nn.Module
     if any(own[key].shape != tensor.shape for key, tensor in tensors.items()):
-        axis = 1 if hasattr(leaf, "nf") else 0
-        clone = resized(leaf, tensors["weight"].shape[axis]).to(leaf.weight.dtype)
+        assert isinstance(leaf, (nn.Linear, Conv1D))  # `check` has let no other kind pass
+        clone = resized(leaf, tensors["weight"].shape[_output_axis(leaf)]).to(own["weight"].dtype)
     else:
         clone = copy.deepcopy(leaf)
     clone.load_state_dict(dict(tensors))

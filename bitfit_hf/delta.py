@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .applying import LEDGERS, Ledger, leaf_of
 from .config import BitFitConfig, BitFitPeftType
@@ -26,6 +27,7 @@ from .layout import decode_layout, encode_layout
 from .pinning import base_commit
 from .terms import Bias, find_biases, head_modules
 from .terms.structure import stock_root, walk
+from .tuner.head import Labels
 from .tuner.layer import PREFIX, span_index
 from .tuner.plan import num_base_parameters
 from .tuner.state import delta_parameters, head_tensors, is_bitfit
@@ -214,10 +216,11 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             index = span_index(group)
             deltas[name] = delta.clone() if index is None else delta.flatten()[index]
         prints = fingerprint(base, biases)
+        labels = Labels.of(tuned) if head_names and isinstance(tuned, PreTrainedModel) else None
         config = BitFitConfig(
-            num_labels=tuned.config.num_labels if head_names else None,
-            id2label=dict(tuned.config.id2label) if head_names else None,
-            problem_type=getattr(tuned.config, "problem_type", None) if head_names else None,
+            num_labels=labels.num_labels if labels else None,
+            id2label=labels.id2label if labels else None,
+            problem_type=labels.problem_type if labels else None,
             modules_to_save=head_names or None,
             add_missing_biases=any(not bias.exists for bias in biases),
             base_model_name_or_path=getattr(base, "name_or_path", None) or None,

@@ -1,8 +1,8 @@
 """Where each tensor of a delta belongs, as text for `adapter_config.json`.
 
 A file alone does not say what its tensors are in the paper's terms: that takes the architecture. So the configuration
-keeps the answer that was found at injection, one line for each tensor, and a delta can be inspected, drawn and compared
-without its base, by any later version.
+keeps the answer that was found at injection, one line for each tensor, and a delta can be inspected, drawn and
+compared without its base, by any later version.
 """
 
 from __future__ import annotations

@@ -24,11 +24,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hub_server import LoopbackHub
 from huggingface_hub import close_session, constants, file_download, hf_api
 from huggingface_hub.utils import _http
 from transformers.utils import hub as transformers_hub
-
-from hub_server import LoopbackHub
 
 _SETTINGS = {
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0",

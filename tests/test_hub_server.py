@@ -13,6 +13,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from hub_fixtures import hub_client_env
+from hub_metadata import validate_card
+from hub_server import LoopbackHub
+from hub_store import is_ignored
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
@@ -39,11 +43,6 @@ from huggingface_hub.utils import get_session
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
-
-from hub_fixtures import hub_client_env
-from hub_metadata import validate_card
-from hub_server import LoopbackHub
-from hub_store import is_ignored
 
 # Seen: 1.3 reports a connection that breaks off in the middle of a file, and waits as long as it likes after a 429.
 needs_retries = pytest.mark.skipif(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from ..terms.structure import stock_root, walk
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
 from .state import check_fit
+
+logger = logging.getLogger(__name__)
 
 # PEFT's task types by how the names of transformers' classes end.
 _TASK_TYPES = {
@@ -112,17 +115,22 @@ def make_plan(
     _check_name(model, adapter_name)
     _check_head(model, config)
     check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
-    head = head_modules(model, task_type=config.task_type, modules_to_save=config.modules_to_save)
-    biases = select_biases(
-        model,
-        bias_terms=config.bias_terms,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        add_missing_biases=config.add_missing_biases,
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-    )
+    head, biases = _selection(model, config, config.modules_to_save)
+    if config.pending:
+        if config.bias_layout:  # what was tuned, whatever this version would choose
+            biases = [bias for bias in biases if bias.name in config.bias_layout]
+    else:
+        unknown = _not_in_checkpoint(model, biases)
+        if unknown and head:
+            logger.warning(
+                "%s is not in the checkpoint of %s and starts at random, so it is trained and saved whole, with the "
+                "head.",
+                ", ".join(unknown),
+                type(model).__name__,
+            )
+            head, biases = _selection(model, config, [*(config.modules_to_save or []), *unknown])
+        elif unknown:
+            biases = [bias for bias in biases if bias.module not in unknown]
     if only is not None:
         biases = _restrict(biases, only)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -144,6 +152,40 @@ def make_plan(
         carrier=(logits or head[-1]) if labels is not None else None,
         values=_values(model, config, biases, head, labels),
     )
+
+
+def _selection(
+    model: nn.Module, config: BitFitConfig, modules_to_save: list[str] | None
+) -> tuple[list[str], list[Bias]]:
+    head = head_modules(model, task_type=config.task_type, modules_to_save=modules_to_save)
+    biases = select_biases(
+        model,
+        bias_terms=config.bias_terms,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        add_missing_biases=config.add_missing_biases,
+        modules_to_save=modules_to_save,
+        task_type=config.task_type,
+    )
+    return head, biases
+
+
+def _not_in_checkpoint(model: nn.Module, biases: list[Bias]) -> list[str]:
+    """Modules among those to tune that the checkpoint did not have, such as the pooler of a masked language model's.
+
+    Their weights are random and would be others in every process that loads the base. transformers marks the
+    parameters that it has read from a checkpoint; in a model where none is marked, nothing is known.
+    """
+    modules = dict(walk(stock_root(model)))
+    marks = {
+        path: [
+            getattr(parameter, "_is_hf_initialized", False) for parameter in modules[path].parameters(recurse=False)
+        ]
+        for path in dict.fromkeys(bias.module for bias in biases)
+    }
+    missing = [path for path, marked in marks.items() if marked and not any(marked)]
+    return missing if 2 * len(missing) < len(marks) else []
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:

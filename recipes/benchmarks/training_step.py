@@ -2,8 +2,8 @@
 
 Compared are full fine-tuning, biases unfrozen by hand (the floor: no wrapper at all), BitFit through the tuner, PEFT's
 BEFT on every Linear, LayerNorm tuning, LoRA on q and v and on all Linears, and the head alone. Every system takes one
-step in turn, round after round, so that a machine whose speed drifts treats all alike; medians are compared, as ratios.
-The spread, half the distance between the quartiles, says what is noise.
+step in turn, round after round, so that a machine whose speed drifts treats all alike; medians are compared, as
+ratios. The spread, half the distance between the quartiles, says what is noise.
 
     python recipes/benchmarks/training_step.py                                   # BERT-base shape, batch 8 x 128
     python recipes/benchmarks/training_step.py --hidden_size 384 --layers 6 --heads 12 --intermediate_size 1536
