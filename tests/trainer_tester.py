@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,15 @@ def stock_trainer(
     data = rows() if train is None else train
     trainer = Trainer(model=model, args=args, **{"train_dataset": data, "eval_dataset": data, **options})
     trainer.remove_callback(PrinterCallback)
+    _spare_the_garbage_collector()
     return trainer
+
+
+@cache
+def _spare_the_garbage_collector() -> None:
+    # Every `train` collects garbage, which takes longer than the training if all that was imported is looked at.
+    gc.collect()
+    gc.freeze()
 
 
 def losses(trainer: Trainer) -> list[float]:
