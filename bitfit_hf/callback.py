@@ -338,12 +338,13 @@ class BitFitCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         metrics: dict[str, float] | None = None,
+        eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Keeps the metrics for the model card."""
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is not None and metrics:
-            run.metrics |= evaluation_metrics(metrics)  # of one data set among several, perhaps
+            run.add_evaluation(metrics, eval_dataloader)
 
     def on_train_end(
         self,

@@ -124,7 +124,9 @@ class BitFitCardData:
         procedure (`dict[str, str]`, *optional*): How it was trained: what is said of it, in words.
         versions (`dict[str, str]`, *optional*): Of the packages at work.
         metrics (`dict[str, float]`, *optional*): Of the last evaluation.
-        dataset (`str`, *optional*), dataset_config (`str`, *optional*): The data set, and which part of it.
+        dataset (`str`, *optional*), dataset_config (`str`, *optional*): The training data, and which part of it.
+        eval_dataset (`str`, *optional*), eval_config (`str`, *optional*), eval_split (`str`, *optional*):
+            What the metrics are about; where nothing is known of that, the training data set.
         language (`str` or `list[str]`, *optional*), license (`str`, *optional*): Metadata that only people know.
         repo_id (`str`, *optional*): Where the delta lives on the Hub.
         digest (`str`, *optional*): Of delta and head.
@@ -150,6 +152,9 @@ class BitFitCardData:
     metrics: dict[str, float] = field(default_factory=dict)
     dataset: str | None = None
     dataset_config: str | None = None
+    eval_dataset: str | None = None
+    eval_config: str | None = None
+    eval_split: str | None = None
     language: str | list[str] | None = None
     license: str | None = None
     repo_id: str | None = None
@@ -212,7 +217,10 @@ class BitFitCardData:
             found.versions = dict(sorted(run.versions.items()))
             metrics = sorted(run.metrics.items(), key=lambda item: (item[0].endswith("loss"), item[0]))
             found.metrics = {name: value for name, value in metrics if _is_metric(name, value)}
-            found.dataset, found.dataset_config = run.dataset, run.dataset_config
+            for name in ("dataset", "dataset_config", "eval_dataset", "eval_config", "eval_split"):
+                setattr(found, name, getattr(run, name))
+        if facts.get("dataset") is not None and not found.eval_dataset:
+            found.eval_dataset = None  # who names the data knows more than the Trainer
         for name, value in facts.items():
             if value is not None:
                 setattr(found, name, value)
@@ -256,26 +264,41 @@ class BitFitCardData:
 
     @property
     def dataset_title(self) -> str | None:
-        """The data set with the name of its part."""
-        return f"{self.dataset} ({self.dataset_config})" if self.dataset and self.dataset_config else self.dataset
+        """The training data with the name of its part."""
+        return _titled(self.dataset, self.dataset_config)
+
+    @property
+    def evaluated_on(self) -> tuple[str, str | None, str | None] | None:
+        """Data set, part and split that the metrics are about."""
+        if self.eval_dataset is not None:
+            return (self.eval_dataset, self.eval_config, self.eval_split) if self.eval_dataset else None
+        return (self.dataset, self.dataset_config, None) if self.dataset else None
+
+    @property
+    def evaluation_title(self) -> str | None:
+        """The same in words, where it is known for certain."""
+        title = _titled(self.eval_dataset, self.eval_config)
+        return f"{title}, split {self.eval_split}" if title and self.eval_split else title or None
 
     def metadata(self) -> ModelCardData:
         """The card's header. Results are in it where the Hub's rules can be met: the data set must have a name."""
         transformers = ["transformers"] if self.task_of is not None else []
         results = []
-        if self.dataset and self.pipeline_tag:
+        if self.evaluated_on is not None and self.pipeline_tag:
+            name, part, split = self.evaluated_on
             results = [
                 EvalResult(
                     task_type=self.pipeline_tag,
-                    dataset_type=self.dataset,
-                    dataset_name=self.dataset_title or self.dataset,
-                    dataset_config=self.dataset_config,
-                    metric_type=name,
+                    dataset_type=name,
+                    dataset_name=_titled(name, part) or name,
+                    dataset_config=part,
+                    dataset_split=split,
+                    metric_type=metric,
                     metric_value=value,
-                    metric_name=name.replace("_", " "),
+                    metric_name=metric.replace("_", " "),
                 )
-                for name, value in self.metrics.items()
-                if name != "loss" or len(self.metrics) == 1
+                for metric, value in self.metrics.items()
+                if metric != "loss" or len(self.metrics) == 1
             ]
         return ModelCardData(
             base_model=self.base_model,
@@ -342,7 +365,7 @@ def write_card(
         delta ([`BiasDelta`], *optional*): The delta itself, where it is at hand.
         previous (`str`, *optional*): Text of the card before somebody else wrote over it.
         facts: Fields of [`BitFitCardData`] that nobody but the caller knows: `repo_id`, `dataset`, `dataset_config`,
-            `language`, `license`, `base_model` (its name on the Hub).
+            `eval_split`, `language`, `license`, `base_model` (its name on the Hub).
 
     Returns:
         `Path`: The card.
@@ -370,10 +393,11 @@ def write_card(
     except CardError as error:
         logger.warning("%s has not been renewed: %s. Mend or remove it, and save again.", CARD_FILE, error)
         return path
+    known = run or config.run
+    if old is not None and facts.get("dataset") is None and (known is None or known.dataset is None):
+        facts["dataset"] = old.only_dataset()
     data = BitFitCardData.from_config(config, run=run, delta=delta, folder=folder, **facts)
-    if data.dataset is None and old is not None:
-        data.dataset = old.only_dataset()
-    told = {_KEYS[name] for name in _KEYS if facts.get(name) is not None}
+    told = {key for name, key in _KEYS.items() if facts.get(name) is not None}
     if old is not None:
         for key in told:
             old.metadata.pop(key, None)
@@ -456,6 +480,10 @@ def _short_digest(prints: dict[str, Any]) -> str:
 
 
 # --- how they read ---
+
+
+def _titled(name: str | None, part: str | None) -> str | None:
+    return f"{name} ({part})" if name and part else name
 
 
 def _value(value: Any) -> str:

@@ -33,6 +33,9 @@ class TrainingRun:
         num_examples (`int`, *optional*): Training examples.
         dataset (`str`, *optional*): The training data's id on the Hub, where it comes from there.
         dataset_config (`str`, *optional*): Which part of that data set.
+        eval_dataset (`str`, *optional*), eval_config (`str`, *optional*), eval_split (`str`, *optional*):
+            The same of the data that the metrics are about, and the split of it. `""` says that they are about data
+            from elsewhere, or about several data sets.
         versions (`dict[str, str]`, *optional*): Of the packages at work.
     """
 
@@ -45,7 +48,29 @@ class TrainingRun:
     num_examples: int | None = None
     dataset: str | None = None
     dataset_config: str | None = None
+    eval_dataset: str | None = None
+    eval_config: str | None = None
+    eval_split: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    def add_evaluation(self, values: dict[str, Any], dataloader: Any = None) -> None:
+        """Takes in the metrics of an evaluation, perhaps of one data set among several.
+
+        Args:
+            values (`dict[str, Any]`): What the Trainer's `evaluate` returns.
+            dataloader (`torch.utils.data.DataLoader`, *optional*): Of the evaluation's data.
+        """
+        found = evaluation_metrics(values)
+        if not found:
+            return
+        data = getattr(dataloader, "dataset", None)
+        name, part = dataset_id(data)
+        split = getattr(data, "split", None)
+        where = (name or "", part, None if name is None or split is None else str(split))
+        if not found.keys() >= self.metrics.keys() and where != (self.eval_dataset, self.eval_config, self.eval_split):
+            where = ("", None, None)
+        self.eval_dataset, self.eval_config, self.eval_split = where
+        self.metrics |= found
 
     @classmethod
     def from_dict(cls, values: Any) -> TrainingRun:
@@ -107,6 +132,9 @@ _CHECKS: dict[str, tuple[str, Callable[[TrainingRun, str], bool]]] = {
     "num_examples": ("an integer", _optional(lambda value: isinstance(value, int))),
     "dataset": ("a string", _optional(lambda value: isinstance(value, str))),
     "dataset_config": ("a string", _optional(lambda value: isinstance(value, str))),
+    "eval_dataset": ("a string", _optional(lambda value: isinstance(value, str))),
+    "eval_config": ("a string", _optional(lambda value: isinstance(value, str))),
+    "eval_split": ("a string", _optional(lambda value: isinstance(value, str))),
     "versions": ("a mapping of names to strings", _mapping(lambda value: isinstance(value, str))),
 }
 

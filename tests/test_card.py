@@ -36,6 +36,9 @@ RUN = TrainingRun(
     num_examples=2490,
     dataset="nyu-mll/glue",
     dataset_config="rte",
+    eval_dataset="nyu-mll/glue",
+    eval_config="rte",
+    eval_split="validation",
     versions={"torch": "2.13.0"},
 )
 
@@ -102,7 +105,14 @@ def test_every_number_is_that_of_the_run(tmp_path):
     meta = header(content)
     (entry,) = meta["model-index"]
     (result,) = entry["results"]
-    assert result["dataset"] == {"type": "nyu-mll/glue", "name": "nyu-mll/glue (rte)", "config": "rte"}
+    assert result["dataset"] == {
+        "type": "nyu-mll/glue",
+        "name": "nyu-mll/glue (rte)",
+        "config": "rte",
+        "split": "validation",
+    }
+    assert "On nyu-mll/glue (rte), split validation." in found["Results"]
+    assert "Training data: nyu-mll/glue (rte)." in found["How it was trained"]
     assert result["task"] == {"type": "text-classification"}
     assert [(m["type"], m["value"]) for m in result["metrics"]] == [("accuracy", 0.7545126353790613)]
     assert table(found["Results"]) == {"accuracy": "0.7545", "loss": "0.000123"}
@@ -380,6 +390,29 @@ def test_trainer_run(way, tmp_path):
     check(card_of(tmp_path / "checkpoint-2"), tmp_path)
 
 
+def on_the_hub(examples: list[dict], split: str):
+    """The same examples as a data set that says it comes from the Hub."""
+    datasets = pytest.importorskip("datasets")
+    plain = [{name: tensor.tolist() for name, tensor in row.items()} for row in examples]
+    data = datasets.Dataset.from_list(plain, split=split).with_format("torch")
+    data.info.download_checksums = {f"hf://datasets/nyu-mll/glue@bcdcba79/rte/{split}.parquet": {}}
+    data.info.config_name = "rte"
+    return data
+
+
+def test_trainer_names_data_from_the_hub(tmp_path):
+    options = {"eval_dataset": on_the_hub(rows(8), "validation"), "compute_metrics": share_of_first_label}
+    trainer = trainer_for(prepared(IN_PLACE), tmp_path, train=on_the_hub(rows(16), "train"), options=options)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model(tmp_path / "out")
+    meta = header(card_of(tmp_path / "out"))
+    assert meta["datasets"] == ["nyu-mll/glue"]
+    (result,) = meta["model-index"][0]["results"]
+    assert (result["dataset"]["config"], result["dataset"]["split"]) == ("rte", "validation")
+    assert "On nyu-mll/glue (rte), split validation." in check(card_of(tmp_path / "out"))["Results"]
+
+
 def test_run_travels_with_the_delta_until_it_changes(tmp_path):
     delta = tuned()
     delta.config.run = RUN
@@ -426,6 +459,39 @@ def test_facts_in_a_file_are_checked(run, tmp_path):
 
 def test_facts_of_later_versions_are_left_out():
     assert TrainingRun.from_dict({"steps": 3, "carbon": 1.0}) == TrainingRun(steps=3)
+
+
+def test_results_are_of_the_data_that_was_evaluated(tmp_path):
+    delta = tuned()
+    delta.config.run = replace(RUN, eval_dataset="", eval_config=None, eval_split=None)  # local files, say
+    delta.save_pretrained(tmp_path)
+    assert "model-index" not in header(card_of(tmp_path))
+    assert "Results" in check(card_of(tmp_path))
+    delta.config.run = replace(RUN, eval_dataset="other/data", eval_config=None, eval_split="test")
+    delta.save_pretrained(tmp_path)
+    meta = header(card_of(tmp_path))
+    expected = {"type": "other/data", "name": "other/data", "split": "test"}
+    assert meta["model-index"][0]["results"][0]["dataset"] == expected
+    assert meta["datasets"] == ["nyu-mll/glue"]
+
+
+def test_metrics_of_several_data_sets():
+    datasets = pytest.importorskip("datasets")
+
+    def loader(part, split):
+        data = datasets.Dataset.from_dict({"x": [1]}, split=split)
+        data.info.download_checksums = {f"hf://datasets/{part}@1/x.parquet": {}}
+        return torch.utils.data.DataLoader(data)
+
+    run = TrainingRun()
+    run.add_evaluation({"eval_loss": 0.5, "eval_steps_per_second": 3, "epoch": 1}, loader("a/b", "validation"))
+    assert (run.metrics, run.eval_dataset, run.eval_split) == ({"loss": 0.5}, "a/b", "validation")
+    run.add_evaluation({"test_loss": 9.0}, loader("a/c", "test"))  # another prefix is not of the run's evaluations
+    assert (run.metrics, run.eval_dataset) == ({"loss": 0.5}, "a/b")
+    run.add_evaluation({"eval_loss": 0.25}, loader("a/b", "test"))  # replaces the one before
+    assert (run.metrics, run.eval_dataset, run.eval_split) == ({"loss": 0.25}, "a/b", "test")
+    run.add_evaluation({"eval_mm_accuracy": 1.0}, loader("a/b", "mismatched"))  # stands beside it
+    assert (run.metrics, run.eval_dataset) == ({"loss": 0.25, "mm_accuracy": 1.0}, "")
 
 
 def test_data_set_is_named_only_where_the_hub_has_it():
@@ -491,7 +557,9 @@ def test_what_people_told_stays(tmp_path):
     delta = tuned()
     delta.save_pretrained(tmp_path)
     write_card(tmp_path, dataset="nyu-mll/glue", language=["en", "de"], license="cc-by-4.0")
-    delta.config.run = replace(RUN, dataset=None, dataset_config=None)
+    delta.config.run = replace(
+        RUN, dataset=None, dataset_config=None, eval_dataset="", eval_config=None, eval_split=None
+    )
     delta.save_pretrained(tmp_path)
     meta = header(card_of(tmp_path))
     assert (meta["language"], meta["license"], meta["datasets"]) == (["en", "de"], "cc-by-4.0", ["nyu-mll/glue"])
