@@ -146,10 +146,9 @@ def load_base(config: BitFitConfig, name: str | None = None) -> nn.Module:
             f"The delta's base (name {path!r}, task type {config.task_type}, class {class_name or None!r}) cannot be "
             "loaded from what adapter_config.json says. Load it yourself and pass it as `base=`."
         )
-    labels = {} if config.num_labels is None else {"num_labels": config.num_labels}
     revision = None if name else config.revision
     try:
-        return auto_class.from_pretrained(path, revision=revision or "main", **labels)
+        return auto_class.from_pretrained(path, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise StockExportError(
             f"The delta's base {path!r} cannot be loaded: {error}\nLoad it yourself and pass it as `base=`."

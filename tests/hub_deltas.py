@@ -30,8 +30,9 @@ TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 
 @cache
 def base_files(seed: int = 0) -> dict[str, bytes]:
-    """A tiny BERT whose biases are not zero, with two labels, as its files on the Hub."""
-    model = ARCH.build(seed)
+    """A tiny BERT without a task head, whose biases are not zero, as its files on the Hub."""
+    model = ARCH.build(seed).bert
+    model.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
