@@ -23,7 +23,7 @@ from .run import TrainingRun, evaluation_metrics, training_run
 from .terms import SYMBOLS, TERMS
 from .terms.structure import stock_root
 from .trainer_push import check_base_name, prepare_push
-from .tuner.state import head_leaves, is_bitfit, tuned_layers
+from .tuner.state import is_bitfit, tuned_layers
 
 if TYPE_CHECKING:
     import torch
@@ -182,10 +182,6 @@ class BitFitCallback(TrainerCallback):
         config = adapter_configs(model)[self.adapter_name]
         config.inference_mode = False
         model.set_adapter(self.adapter_name)  # type: ignore[operator]
-        for _, layer in tuned_layers(model):
-            layer.set_requires_grad(self.adapter_name)
-        for _, leaf in head_leaves(model):
-            leaf.set_requires_grad(self.adapter_name)
 
     # --- training ---
 

@@ -201,7 +201,7 @@ def test_tasks_in_a_loop_with_deleted_adapters(tmp_path: Path) -> None:
         assert labels != 3 or not unequal
 
 
-@pytest.mark.parametrize("how", ["loaded for inference", "loaded for training"])
+@pytest.mark.parametrize("how", ["in place", "wrapped", "wrapped for training"])
 def test_training_goes_on_with_a_loaded_delta(how: str, tmp_path: Path) -> None:
     fresh().save_pretrained(tmp_path / "base")
     load = AutoModelForSequenceClassification.from_pretrained
@@ -209,10 +209,11 @@ def test_training_goes_on_with_a_loaded_delta(how: str, tmp_path: Path) -> None:
     trainer_for(first, tmp_path / "run").train()
     first.save_pretrained(tmp_path / "delta")
 
-    if how == "loaded for inference":
+    if how == "in place":
         model = load(tmp_path / "delta")
     else:
-        model = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "delta", is_trainable=True)
+        trainable = how == "wrapped for training"
+        model = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "delta", is_trainable=trainable)
     trainer = trainer_for(model, tmp_path / "more")
     assert same(tuned(model), tuned(first))
     trainer.train()
