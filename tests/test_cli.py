@@ -391,6 +391,19 @@ def test_diff_of_slices_and_of_other_bases(run: Run, files: Files, tmp_path: Pat
     assert "same base  no" in run("diff", files.delta, tmp_path / "q").out
 
 
+def test_diff_of_models_of_another_size(run: Run, files: Files, tmp_path: Path) -> None:
+    config = BertConfig.from_pretrained(files.base, intermediate_size=48)
+    type(BERT.build())(config).save_pretrained(tmp_path / "wider")
+    make_delta(tmp_path / "wider", tmp_path / "on-wider")
+    values = run("diff", files.delta, tmp_path / "on-wider", "--json").json
+    assert values["same_base"] is False
+    assert values["total"]["size"] == 592 - 80
+    assert [(row["delta"], row["term"], row["size"]) for row in values["only_one"]] == [
+        *[("a", "intermediate", 40)] * 2,
+        *[("b", "intermediate", 48)] * 2,
+    ]
+
+
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
@@ -527,6 +540,8 @@ def test_extract_is_the_way_back_from_merge(run: Run, files: Files, tmp_path: Pa
     original = BiasDelta.from_pretrained(files.delta)
     assert max((extracted[name] - original[name]).abs().max() for name in original) < 1e-6
 
+    config = json.loads((files.base / "config.json").read_text())  # the delta says which class, whatever the base does
+    (files.base / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
     assert run("merge", files.base, out, "-o", tmp_path / "again").code == 0
     assert (outputs(model(tmp_path / "again")) - outputs(model(tuned))).abs().max() <= 2e-6
 
