@@ -623,7 +623,6 @@ def test_push_to_a_branch_and_as_a_pull_request(run: Run, files: Files, hub: Any
 
 
 def test_push_with_stock_loads_the_base(run: Run, files: Files, hub: Any, hub_env: Any) -> None:
-    make_delta(files.base, files.delta, num_labels=3, id2label=None)
     assert run("push", files.delta, "alice/rte", "--base-model", "alice/base", "--stock").code == 0
     assert {"stock/adapter_config.json", "stock/adapter_model.safetensors"} < hub.files("alice/rte").keys()
 
