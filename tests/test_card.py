@@ -349,6 +349,7 @@ def test_hostile_facts_stay_text(tmp_path):
     assert "](https://e.org)" not in once.replace("\\](https", "")
     assert "\n# Heading" not in once
     assert "license" not in header(once)
+    assert once.count("<!-- /bitfit_hf:trained -->") == 1  # a label cannot end a block
     delta.save_pretrained(tmp_path)
     assert card_of(tmp_path) == once
 
@@ -601,6 +602,11 @@ def test_marks_that_were_damaged_do_no_harm(tmp_path):
         delta.save_pretrained(tmp_path)
         assert card_of(tmp_path).count("Precious text.") == 1
         assert card_of(tmp_path).count("<!-- /bitfit_hf:trained -->") == 1
+    opened = "<!-- bitfit_hf:limits -->\nAs precious.\n\n<!-- bitfit_hf:about"
+    stray = card_of(tmp_path).replace("<!-- bitfit_hf:about", opened)
+    (tmp_path / "README.md").write_text(stray)
+    delta.save_pretrained(tmp_path)
+    assert card_of(tmp_path).count("As precious.") == 1
     doubled = card_of(tmp_path) + "\n" + sectioned(card_of(tmp_path), "limits")
     (tmp_path / "README.md").write_text(doubled)
     delta.save_pretrained(tmp_path)
