@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,8 +18,10 @@ from .config import BitFitConfig, BitFitPeftType
 from .errors import (
     AdapterNameError,
     BaseModelMismatchError,
+    ConfigError,
     DeltaFormatError,
     DeltaMismatchError,
+    UnknownTermError,
     collect,
 )
 from .files import KEY_PREFIX, check_values, digest, read_pair, write_pair
@@ -145,7 +148,10 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 f"{where}: adapter_config.json is of the method {values.get('peft_type')!r}, not 'BITFIT'. "
                 "Load it with the library that wrote it."
             )
-        config = BitFitConfig.from_peft_type(**BitFitConfig.check_kwargs(**values))
+        try:
+            config = BitFitConfig.from_peft_type(**BitFitConfig.check_kwargs(**values))
+        except (ConfigError, UnknownTermError) as error:
+            raise type(error)(f"{where}: adapter_config.json cannot be used. {error}") from error
         if not config.bias_layout:
             raise DeltaFormatError(f"{where}: adapter_config.json has no `bias_layout`; save the delta again.")
         deltas, head = {}, {}
@@ -504,8 +510,8 @@ def _check_tensors(
     problems = [f"{name} is missing" for name in biases if name not in tensors]
     problems += [f"{name} is not expected" for name in tensors if name not in biases]
     for name, group in biases.items():
-        index = span_index(group)
-        wanted = group[0].shape if index is None else (index.numel(),)
+        size = sum(bias.num_parameters for bias in group)
+        wanted = group[0].shape if size == math.prod(group[0].shape) else (size,)
         if name in tensors and tuple(tensors[name].shape) != wanted:
             problems.append(f"{name} has shape {list(tensors[name].shape)} instead of {list(wanted)}")
     owners = {name: leaf_of(name, leaves) for name in head}

@@ -73,7 +73,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DeltaFormatError(f"{path} is not valid JSON ({error}); fetch the delta again.") from error
     except OSError as error:
-        raise DeltaIOError(f"{path} cannot be read: {error}") from error
+        raise DeltaIOError(f"{path} cannot be read: {error}. Check the path, its permissions and the disk.") from error
     if not isinstance(values, dict):
         raise DeltaFormatError(f"{path} holds a {type(values).__name__} instead of an object; fetch the delta again.")
     return values
@@ -106,7 +106,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             f"{path} is damaged or no safetensors file ({error}); save or fetch the delta again."
         ) from error
     except OSError as error:
-        raise DeltaIOError(f"{path} cannot be read: {error}") from error
+        raise DeltaIOError(f"{path} cannot be read: {error}. Check the path, its permissions and the disk.") from error
 
 
 def check_digest(tensors: Mapping[str, torch.Tensor], expected: str | None, *, where: str) -> None:
@@ -129,7 +129,9 @@ def check_values(tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
         elif not torch.isfinite(tensor).all():
             problems.append(f"{name} holds NaN or Inf")
     if problems:
-        raise DeltaFormatError(f"{where}: the tensors of this delta cannot be used:{collect(problems)}")
+        raise DeltaFormatError(
+            f"{where}: the tensors of this delta cannot be used:{collect(problems)}\nSave or fetch the delta again."
+        )
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

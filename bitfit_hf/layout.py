@@ -13,8 +13,11 @@ from collections.abc import Iterable, Mapping
 from .errors import DeltaFormatError
 from .terms import TERMS, Bias
 
+# Of at most nine digits each: numbers from a file are not to overflow anything.
 _PIECE = re.compile(
-    r"(?P<term>\w+) (?P<layer>\d+|-) (?P<stack>[\w.]+|-) (?P<shape>\d+(?:x\d+)*\+?)(?: (?P<spans>[\d:,]+))?"
+    r"(?P<term>\w+) (?P<layer>\d{1,9}|-) (?P<stack>[\w.]+|-) "
+    r"(?P<shape>\d{1,9}(?:x\d{1,9})?\+?)(?: (?P<spans>[\d:,]+))?",
+    re.ASCII,
 )
 
 
