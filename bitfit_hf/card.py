@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .analysis import ParameterCount, term_counts
+from .card_task import Task, task_of
 from .card_update import hub_name, merge_cards, read_card, record_of
 from .config import BitFitConfig
 from .errors import CardError
@@ -37,54 +38,6 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ["bitfit", "peft"]
 
 _MANY_LABELS = 20
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the Hub and transformers call a task: its tag, its words and the class that loads it."""
-
-    auto_class: str
-    tag: str | None = None
-    words: str | None = None
-    pipeline: bool = False
-
-
-# By how the names of transformers' classes end.
-_TASKS = {
-    "ForSequenceClassification": Task(
-        "AutoModelForSequenceClassification", "text-classification", "text classification", True
-    ),
-    "ForTokenClassification": Task(
-        "AutoModelForTokenClassification", "token-classification", "token classification", True
-    ),
-    "ForQuestionAnswering": Task("AutoModelForQuestionAnswering", "question-answering", "question answering"),
-    "ForCausalLM": Task("AutoModelForCausalLM", "text-generation", "text generation", True),
-    "LMHeadModel": Task("AutoModelForCausalLM", "text-generation", "text generation", True),
-    "ForMaskedLM": Task("AutoModelForMaskedLM", "fill-mask", "masked language modelling", True),
-    "ForMultipleChoice": Task("AutoModelForMultipleChoice", None, "multiple choice"),
-    "ForSeq2SeqLM": Task("AutoModelForSeq2SeqLM", None, "text to text generation"),
-    "ForImageClassification": Task(
-        "AutoModelForImageClassification", "image-classification", "image classification", True
-    ),
-    "ForAudioClassification": Task(
-        "AutoModelForAudioClassification", "audio-classification", "audio classification", True
-    ),
-    "WhisperForConditionalGeneration": Task(
-        "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition", "speech recognition", True
-    ),
-    "ForCTC": Task("AutoModelForCTC", "automatic-speech-recognition", "speech recognition", True),
-    "ForFeatureExtraction": Task("AutoModel", "feature-extraction", "feature extraction"),
-}
-_BY_TASK_TYPE = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "ForFeatureExtraction",
-}
-# Backbones for speech, whose classifier of recordings is called `…ForSequenceClassification` too.
-_SPEECH = ("wav2vec2", "hubert", "wavlm", "unispeech", "sew", "data2vec_audio")
 
 # Names of hyper-parameters in words; others are shown by the name that `TrainingArguments` has.
 _WORDS = {
@@ -199,7 +152,7 @@ class BitFitCardData:
             base_num_parameters=config.base_num_parameters,
             base_digest=None if prints is None else _short_digest(prints),
             base_tensors=None if prints is None else len(prints.get("tensors", ())),
-            task_of=_task(config),
+            task_of=task_of(config),
             # Start and end of an answer are no labels.
             num_labels=config.num_labels if config.task_type != "QUESTION_ANS" else None,
             labels=labels if named and len(labels) <= _MANY_LABELS else [],
@@ -406,21 +359,6 @@ def write_card(
 
 
 # --- facts ---
-
-
-def _task(config: BitFitConfig) -> Task | None:
-    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
-    name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
-    ending = _BY_TASK_TYPE.get(str(getattr(config.task_type, "value", config.task_type)))
-    modules = [key.partition(".")[0] for key in config.bias_layout or {}]
-    if ending == "ForSequenceClassification" and any(module.startswith(_SPEECH) for module in modules):
-        ending = "ForAudioClassification"
-    if ending is None:
-        ending = next((known for known in _TASKS if name.endswith(known)), None)
-    if ending is not None:
-        return _TASKS[ending]
-    known_class = name.isidentifier() and library.partition(".")[0] == "transformers"
-    return Task(name) if known_class else None
 
 
 def _selection(config: BitFitConfig) -> list[str]:
