@@ -202,31 +202,72 @@ def test_free_standing_vectors_are_saved_under_their_own_name():
         assert tensors[f"transformer.layer.0.rel_attn.bitfit_{name}"].shape == (HEADS, HIDDEN // HEADS)
 
 
-def test_a_tied_bias_is_one_delta_that_every_place_uses():
+def test_the_tied_bias_of_a_language_model_s_head_is_saved_once():
     arch = ARCHITECTURES["bert-masked_lm"]
     model = fill_(tune(arch))
-    tied = [name for name in file_tensors(model) if name.startswith("cls.predictions") and "transform" not in name]
-    assert len(tied) == 1
-    parameters = [p for n, p in model.named_parameters(remove_duplicate=False) if "predictions" in n and "bitfit" in n]
-    assert len({id(parameter) for parameter in parameters}) == 3
-    assert distance(outputs(model, arch), outputs(by_hand(arch, model), arch)) <= 1e-6
+    assert sum("predictions" in name and "transform" not in name for name in file_tensors(model)) == 1
     merged = model.merge_and_unload()
     assert merged.cls.predictions.bias is merged.cls.predictions.decoder.bias
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_a_tied_delta_stays_one_when_loaded(low_cpu_mem_usage, tmp_path):
-    arch = ARCHITECTURES["bert-masked_lm"]
-    model = fill_(tune(arch))
+class TiedNet(nn.Module):
+    """Two layers with one bias between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.bias = self.first.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_a_tied_bias_is_one_delta_that_every_place_uses(tmp_path):
+    stock = TiedNet().requires_grad_(False)
+    original, reference, x = copy.deepcopy(stock), copy.deepcopy(stock), torch.randn(3, 6)
+    model = fill_(get_peft_model(stock, BitFitConfig(), adapter_name="one"), "one")
+    (delta,) = file_tensors(model, "one").values()
+    assert model.get_nb_trainable_parameters()[0] == 6
+    reference.first.bias.add_(delta)
+    assert torch.allclose(model(x), reference(x), atol=1e-6)
+
+    reference.first.bias.requires_grad_(True)
+    model(x).square().sum().backward()
+    reference(x).square().sum().backward()
+    ((_, parameter),) = tuned_parameters(model, "one")
+    assert torch.allclose(parameter.grad, reference.first.bias.grad, atol=1e-5)
+
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(
-        arch.build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
-    ).eval()
-    assert distance(outputs(loaded, arch), outputs(model, arch)) <= 2e-6
-    deltas = [p for n, p in loaded.named_parameters(remove_duplicate=False) if "predictions" in n and "bitfit" in n]
-    assert len({id(parameter) for parameter in deltas}) == 3
-    fill_(loaded, seed=4)
-    assert distance(outputs(loaded, arch), outputs(by_hand(arch, loaded), arch)) <= 1e-6
+    for options in ({}, {"low_cpu_mem_usage": True}, {"is_trainable": True}):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "one", **options)
+        assert torch.allclose(loaded(x), reference(x), atol=1e-6), options
+        ((_, parameter),) = tuned_parameters(loaded)
+        with torch.no_grad():
+            parameter.zero_()
+        assert torch.equal(loaded(x), original(x)), options
+
+    model.add_adapter("two", BitFitConfig())
+    fill_(model, "two", seed=2)
+    alone = {"one": model(x), "__base__": original(x)}
+    model.set_adapter("two")
+    alone["two"] = model(x)
+    names = ["two", "__base__", "one"]
+    mixed = model.eval()(x, adapter_names=names)
+    for row, name in enumerate(names):
+        assert torch.allclose(mixed[row], alone[name][row], atol=1e-5), name
+
+    model.set_adapter("one")
+    for _ in range(2):
+        model.merge_adapter()
+        assert torch.allclose(model(x), alone["one"], atol=1e-6)
+        model.unmerge_adapter()
+        assert torch.equal(stock.first.base_layer._parameters["bias"], original.first.bias)
+        assert torch.equal(model(x), alone["one"])
+    model.delete_adapter("two")
+    assert torch.equal(model(x), alone["one"])
+    merged = model.merge_and_unload()
+    assert merged.first.bias is merged.second.bias
+    assert torch.allclose(merged(x), alone["one"], atol=1e-6)
 
 
 def gpt2_index(term: str) -> list[int]:
@@ -294,6 +335,15 @@ def test_a_fused_bias_is_tuned_by_slice(name, terms, tmp_path):
     assert identical(outputs(model, arch, batch_size=3), alone["all"])
 
 
+def test_a_slice_of_a_bfloat16_bias_is_added_in_float32():
+    arch = ARCHITECTURES["gpt2-causal_lm"]
+    stock = randomize_(arch.build()).to(torch.bfloat16)
+    vector = stock.transformer.h[0].attn.c_attn.bias.detach().clone().float()
+    model = fill_(get_peft_model(stock, BitFitConfig(bias_terms="key")), std=1e-3)
+    vector[gpt2_index("key")] += file_tensors(model)["transformer.h.0.attn.c_attn.bitfit_bias"]
+    assert torch.equal(stock.transformer.h[0].attn.c_attn.bias, vector.bfloat16())
+
+
 def test_adapters_that_tune_different_biases_side_by_side():
     arch = ARCHITECTURES["bert-backbone"]
     model = fill_(tune(arch, "one", bias_terms="query"), "one")
@@ -311,6 +361,26 @@ def test_adapters_that_tune_different_biases_side_by_side():
     merged = model.merge_and_unload(adapter_names=["one", "two"])
     reference = by_hand(arch, tune(arch), "default")
     assert merged.state_dict().keys() == reference.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "in place"])
+def test_two_heads_cannot_be_active_together(kind):
+    model = ARCHITECTURES["bert-sequence"].build()
+    if kind == "wrapped":
+        model = get_peft_model(model, BitFitConfig(), adapter_name="one")
+        model.add_adapter("two", BitFitConfig())
+        switch = model.base_model.set_adapter
+    else:
+        model.add_adapter(BitFitConfig(), "one")
+        model.add_adapter(BitFitConfig(), "two")
+        switch = model.set_adapter
+        model.set_adapter("one")
+    before = state(model)
+    active = [layer.active_adapters for layer in model.modules() if isinstance(layer, BitFitLayer)]
+    with pytest.raises(AdapterNameError, match=r"\['one', 'two'\] have a task head each"):
+        switch(["one", "two"])
+    assert state(model) == before
+    assert [layer.active_adapters for layer in model.modules() if isinstance(layer, BitFitLayer)] == active
 
 
 def test_weighted_sums_refuse_what_has_no_meaning():
@@ -599,6 +669,19 @@ def test_autocast():
     assert torch.allclose(ours.logits.float(), theirs.logits.float(), atol=5e-3)
     ours.loss.backward()
     assert all(p.grad.dtype == torch.float32 for _, p in tuned_parameters(model) if p.grad is not None)
+
+
+def test_an_offloaded_base():
+    from accelerate import cpu_offload
+
+    arch = ARCHITECTURES["bert-backbone"]
+    stock = arch.build()
+    cpu_offload(stock, execution_device="cpu")
+    assert all(parameter.is_meta for parameter in stock.parameters())
+    model = fill_(get_peft_model(stock, BitFitConfig()).eval())
+    assert not any(parameter.is_meta for _, parameter in tuned_parameters(model))
+    assert distance(outputs(model, arch), outputs(by_hand(arch, model), arch)) <= 1e-6
+    assert model.peft_config["default"].base_fingerprint == tune(arch).peft_config["default"].base_fingerprint
 
 
 def test_moving_and_emptying_devices_takes_deltas_along():

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import DeltaMismatchError, UnsupportedLayerError
+from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
 from .mixed import BASE, MixedBatch
 from .precision import Float32ModuleDict
 
@@ -121,6 +121,16 @@ class BitFitHead(ModulesToSaveWrapper):
         labels = self._labels.get(active[0], own) if active else own
         if Labels.of(model) != labels:
             labels.give_to(model)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """PEFT's hook: which of the adapters to activate; raises [`AdapterNameError`] where there are several."""
+        several = [] if isinstance(adapter_name, str) else [n for n in adapter_name if n in self.modules_to_save]
+        if len(several) > 1:
+            raise AdapterNameError(
+                f"The adapters {several} have a task head each, and a model answers with one head at a time. Activate "
+                "one of them, or use `bitfit_hf.TaskBank` for several tasks in one batch."
+            )
+        return super().check_set_adapter(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)

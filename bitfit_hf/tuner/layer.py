@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import MergeError, UnsupportedLayerError
@@ -17,6 +16,9 @@ from ..terms import Bias
 from .mixed import BASE, MixedBatch, pick_rows
 from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
+
+if TYPE_CHECKING:
+    from .head import BitFitHead
 
 PREFIX = "bitfit_"
 
@@ -47,22 +49,33 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._stored: dict[str, torch.Tensor | None] = {}  # the base's biases while adapters are merged into them
+        self._tied: dict[
+            str, tuple[BitFitLayer, str]
+        ] = {}  # whose biases are the same Parameter, and are merged there
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
-        self._led: tuple[AuxiliaryTrainingWrapper, ...] = ()
+        self._led: tuple[BitFitHead, ...] = ()
         self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
             install(base_layer, self.bias_parameters, owner=self)
 
     # --- adapters ---
 
-    def update_layer(self, adapter_name: str, biases: Sequence[Bias], *, inference_mode: bool = False) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        biases: Sequence[Bias],
+        *,
+        inference_mode: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         """Adds an adapter whose deltas, at zero, cover `biases` (the terms of this layer that were selected).
 
         Args:
             adapter_name (`str`): Name of the new adapter.
             biases (`Sequence[Bias]`): What to tune in this layer. Several terms of one fused vector make one delta.
             inference_mode (`bool`, *optional*, defaults to `False`): Leaves the deltas frozen.
+            device (`torch.device`, *optional*): Where the deltas are made; by default, where the layer is.
         """
         for parameter in self.bias_parameters:
             chosen = [bias for bias in biases if bias.parameter == parameter]
@@ -70,11 +83,19 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
                 index = span_index(chosen)
                 shape = chosen[0].shape if index is None else (index.numel(),)
                 self._deltas(parameter)[adapter_name] = nn.Parameter(
-                    torch.zeros(shape, dtype=torch.float32, device=self.device_of_base)
+                    torch.zeros(shape, dtype=torch.float32, device=device or self.device_of_base)
                 )
                 if index is not None:
                     self.register_buffer(_index_name(parameter, adapter_name), index.to(self.device_of_base), False)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def share_delta(self, adapter_name: str, parameter: str, owner: BitFitLayer, owners_parameter: str) -> None:
+        """Makes an adapter use the delta of `owner`, whose bias is the same Parameter as this layer's."""
+        self._deltas(parameter).share(adapter_name, owner._deltas(owners_parameter)[adapter_name])
+        index = owner._index(owners_parameter, adapter_name)
+        if index is not None:
+            self.register_buffer(_index_name(parameter, adapter_name), index, False)
+        self._tied[parameter] = (owner, owners_parameter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -93,12 +114,18 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         """Whether there is an adapter left."""
         return any(len(self._deltas(parameter)) for parameter in self.bias_parameters)
 
-    def lead(self, leaves: Sequence[AuxiliaryTrainingWrapper]) -> None:
-        """Makes this layer the one that switches the head's leaves on and off with itself.
+    def lead(self, leaves: Sequence[BitFitHead]) -> None:
+        """Makes this layer, the model's first, the one that speaks for the head's leaves.
 
-        transformers' `enable_adapters` knows the tuner's layers only, and would leave the head switched off.
+        It switches them on and off with itself, since transformers' `enable_adapters` knows the tuner's layers only
+        and would leave the head switched off; and it refuses what they refuse before any layer has been switched.
         """
         self._led = tuple(leaves)  # in a tuple, so that they do not become children of this layer
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        for leaf in self._led if len(adapter_names) > 1 else ():
+            leaf.check_set_adapter(adapter_names)
+        super().set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -120,14 +147,17 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def base_bias(self, parameter: str) -> torch.Tensor | None:
         """`b_0` as the base was loaded, also while adapters are merged into it."""
+        if parameter in self._tied:
+            owner, owners_parameter = self._tied[parameter]
+            return owner.base_bias(owners_parameter)
         return self._stored[parameter] if parameter in self._stored else self._stored_bias(parameter)
 
     @property
     def device_of_base(self) -> torch.device:
-        """Where the deltas belong."""
-        for tensor in self.base_layer.parameters():
-            return tensor.device
-        return torch.device("cpu")
+        """Where the deltas belong: beside the layer's tensors, or where it computes if they are offloaded."""
+        device = next((tensor.device for tensor in self.base_layer.parameters()), torch.device("cpu"))
+        offloaded = getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None)
+        return torch.device(offloaded) if device.type == "meta" and offloaded is not None else device
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the base's dtype.
@@ -153,6 +183,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
                 "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
                 "`bitfit_hf.TaskBank`."
             )
+        if base is not None and base.is_meta:
+            return base  # offloaded; what looks at it now is the machinery that is about to fetch it
         if self._disable_adapters and self.merged:
             return self.base_bias(parameter)
         deltas = self._deltas(parameter)
@@ -274,6 +306,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         names = self._to_merge(adapter_names)
         for parameter, value in self.merged_biases(names, safe_merge=safe_merge).items():
             stored = self._stored_bias(parameter)
+            if parameter in self._tied:
+                continue
             if parameter not in self._stored:
                 self._stored[parameter] = None if stored is None else stored.detach().clone()
             if stored is None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from peft.utils.integrations import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -131,8 +130,8 @@ class BitFitModel(BaseTuner):
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
 
-        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-            self._wrap_layers(model, adapter_name, plan, inference_mode=config.inference_mode)
+        device = torch.device("meta") if low_cpu_mem_usage else None
+        self._wrap_layers(model, adapter_name, plan, inference_mode=config.inference_mode, device=device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         self._wrap_head(model, adapter_name, plan, inference_mode=config.inference_mode)
@@ -140,10 +139,12 @@ class BitFitModel(BaseTuner):
             parameter.requires_grad = requires_grad
         plan.describe(config)
 
-    def _wrap_layers(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
+    def _wrap_layers(
+        self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool, device: torch.device | None
+    ) -> None:
         for path, biases in plan.by_module().items():
             layer = self._wrapped(model, path, plan.parameters[path], adapter_name)
-            layer.update_layer(adapter_name, biases, inference_mode=inference_mode)
+            layer.update_layer(adapter_name, biases, inference_mode=inference_mode, device=device)
             if path not in self.targeted_module_names:
                 self.targeted_module_names.append(path)
         for bias in plan.biases:
@@ -167,7 +168,7 @@ class BitFitModel(BaseTuner):
         path, _, parameter = alias.rpartition(".")
         owner = find_layer(model, bias.module)
         other = self._wrapped(model, path, (parameter,), adapter_name)
-        getattr(other, PREFIX + parameter)[adapter_name] = getattr(owner, PREFIX + bias.parameter)[adapter_name]
+        other.share_delta(adapter_name, parameter, owner, bias.parameter)
 
     def _wrap_head(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
         active = adapter_name in self.active_adapters

@@ -23,6 +23,12 @@ def _without_cast(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
 class Float32ParameterDict(nn.ParameterDict):
     """Parameters by adapter name; moved between devices, never cast."""
 
+    def share(self, name: str, parameter: nn.Parameter) -> None:
+        """Takes in a parameter of another place, the very object: under `low_cpu_mem_usage` PEFT patches registration
+        to make an empty copy of each."""
+        self[name] = parameter
+        self._parameters[name] = parameter
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Float32ParameterDict:
         return super()._apply(_without_cast(fn), recurse)
 

@@ -120,13 +120,17 @@ def load_tensors(
 
 def _materialise(model: nn.Module, adapter_name: str, name: str, value: torch.Tensor) -> None:
     """Gives a tensor made under `low_cpu_mem_usage=True` its memory, on the device of its layer."""
-    path, _, attribute = name.rpartition(".")
-    for layer_path, layer in tuned_layers(model):
-        if layer_path == path and attribute.startswith(PREFIX):
-            deltas = getattr(layer, attribute)
-            wanted = deltas[adapter_name].requires_grad
-            deltas[adapter_name] = nn.Parameter(value.to(layer.device_of_base), requires_grad=wanted)
-            return
+    empty: Any = delta_parameters(model, adapter_name).get(name)
+    made = None
+    for _, layer in tuned_layers(model):
+        for parameter in layer.bias_parameters:
+            deltas = getattr(layer, PREFIX + parameter)
+            if adapter_name in deltas and deltas[adapter_name] is empty:  # in several places where it is tied
+                if made is None:
+                    made = nn.Parameter(value.to(layer.device_of_base), requires_grad=empty.requires_grad)
+                deltas[adapter_name] = made
+    if made is not None:
+        return
     for leaf_path, leaf in head_leaves(model):
         if name.startswith(f"{leaf_path}."):
             module = leaf.modules_to_save[adapter_name]
