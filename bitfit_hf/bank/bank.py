@@ -256,6 +256,8 @@ class TaskBank:
                 kinds.setdefault(id(kind), (kind, []))[1].append(member)
             answers: list[Any] = [None] * len(names)
             with running(Batch(members, len(names))) as batch:
+                if len(kinds) > 1:
+                    batch.results = {}
                 for kind, answering in kinds.values():
                     batch.answering = answering
                     output = kind.shell(**encoded)

@@ -50,7 +50,9 @@ class Batch:
         alone ([`Member`], *optional*): While set, everything is computed with this task's deltas.
         within (`object`, *optional*): The layer whose own code is running, which may read its stored bias.
         answering (`Sequence[Member]`): The tasks whose head is running.
-        results (`dict`): What parts of the base have computed for this batch, see [`bitfit_hf.bank.parts`].
+        results (`dict`, *optional*): What parts of the base have computed for this batch, where several task classes
+            share them, see [`bitfit_hf.bank.parts`].
+        active (`list[bool]`): For each site, whether some task of a mixed batch tunes it.
         strangers (`set`, *optional*): In a trial run, collects the layers whose bias is read by other code.
     """
 
@@ -61,15 +63,20 @@ class Batch:
         self.alone: Member | None = members[0] if len(members) == 1 else None
         self.within: object | None = None
         self.answering: Sequence[Member] = ()
-        self.results: dict[int, list[tuple[Any, Any]]] = {}
+        self.results: dict[int, list[tuple[Any, Any]]] | None = None
         self.strangers: set[object] | None = None
-        table = torch.tensor([list(member.rows) for member in members])
-        owner = torch.empty(size, dtype=torch.long)
-        for number, member in enumerate(members):
+        self.active: list[bool] = []
+        self._rows: dict[torch.device, torch.Tensor] = {}
+        if len(members) > 1:
+            self._gather()
+
+    def _gather(self) -> None:
+        table = torch.tensor([list(member.rows) for member in self.members])
+        owner = torch.empty(self.size, dtype=torch.long)
+        for number, member in enumerate(self.members):
             owner[member.examples] = number
-        rows = table[owner].t().contiguous()  # (sites, examples)
-        self.active: list[bool] = table.any(dim=0).tolist()
-        self._rows = {rows.device: rows}
+        self.active = table.any(dim=0).tolist()
+        self._rows[owner.device] = table[owner].t().contiguous()  # (sites, examples)
 
     def rows(self, site: int, device: torch.device) -> torch.Tensor:
         """The row of each example in the table of a site, `(examples,)`."""

@@ -31,7 +31,7 @@ class Part:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         batch = current()
-        if batch is None or batch.strangers is not None:
+        if batch is None or batch.results is None:
             return self._own_forward(*args, **kwargs)
         named = dict(self._signature.bind(None, *args, **kwargs).arguments)
         named |= named.pop("kwargs", {})

@@ -81,20 +81,26 @@ class Site:
     # --- the effective bias ---
 
     def effective(self, row: int, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """`b_0 + δ` of one task, formed in float32 and cast once to `dtype`."""
-        delta = self.table[row].view(self.shape)
-        delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
-        return (delta if base is None else base + delta).to(dtype)
+        """`b_0 + δ` of one task, formed in float32 or finer and cast once to `dtype`."""
+        delta = self.table[row]
+        if len(self.shape) > 1:
+            delta = delta.view(self.shape)
+        if delta.dtype is not torch.float32:
+            delta = delta.float()
+        total = delta if base is None else base + delta
+        return total if total.dtype is dtype else total.to(dtype)
 
     def effective_rows(self, rows: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """`b_0 + δ` of each example, `(examples, size)`."""
-        deltas = self.delta_rows(rows)
-        return (deltas if base is None else base + deltas).to(dtype)
+        """`b_0 + δ` of each example, `(examples, size)`, a tensor of its own."""
+        total = self.delta_rows(rows)
+        if base is not None:
+            total = base + total if base.dtype is torch.float64 else total.add_(base)
+        return total if total.dtype is dtype else total.to(dtype)
 
     def delta_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """`δ` of each example, `(examples, size)`, in float32 or finer."""
+        """`δ` of each example, `(examples, size)`, float32, a tensor of its own."""
         deltas = self.table.index_select(0, rows)
-        return deltas.to(torch.promote_types(deltas.dtype, torch.float32))
+        return deltas if deltas.dtype is torch.float32 else deltas.float()
 
     # --- memory ---
 
