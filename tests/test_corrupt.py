@@ -598,7 +598,7 @@ def test_a_gated_repository(hub, hub_env, base, delta, tmp_path):
 
 # --- fuzz ---
 
-FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),

@@ -40,13 +40,24 @@ from bitfit_hf.stock import export_stock
 TOLERANCE = 2e-6
 EXPORTABLE = [name for name, arch in ARCHITECTURES.items() if not arch.bias_free and name != "convnet"]
 
+# One of each kind of bias and head: fused, tied, free-standing, two-layer heads, images, audio, encoder and decoder.
+QUICK = (
+    "bert-masked_lm",
+    "roberta-sequence",
+    "deberta-sequence",
+    "gpt2-sequence",
+    "xlnet-sequence",
+    "mamba2-causal_lm",
+)
+QUICK += ("bart-seq2seq_lm", "vit-image", "whisper-audio", "attention", "torch_encoder")
+
 
 def tuned(name: str, **values: Any) -> PeftModel:
     return fill_(get_peft_model(randomize_(build(name)), BitFitConfig(**values))).eval()
 
 
 @pytest.mark.filterwarnings("ignore:.*(target_modules|fan_in_fan_out|tie_word_embeddings|tied)")
-@pytest.mark.parametrize("name", EXPORTABLE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in EXPORTABLE])
 def test_stock_libraries_compute_what_the_tuned_model_computes(name, tmp_path):
     """Fused, tied and free-standing vectors and heads of every kind, by stock PEFT and by stock transformers."""
     arch = ARCHITECTURES[name]
@@ -66,6 +77,7 @@ def test_stock_libraries_compute_what_the_tuned_model_computes(name, tmp_path):
 
 def test_the_zoo_is_exported_whole():
     assert len(EXPORTABLE) >= 40
+    assert set(QUICK) <= set(EXPORTABLE)
 
 
 @pytest.mark.parametrize("terms", ["query", ["query", "value"], "query+intermediate", "layer 1"])
@@ -254,7 +266,7 @@ save_file({"logits": logits}, sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("way", ["merge_and_unload", "load_delta"])
+@pytest.mark.parametrize("way", ["merge_and_unload", pytest.param("load_delta", marks=pytest.mark.slow)])
 def test_a_merged_checkpoint_loads_where_bitfit_hf_cannot_be_imported(way, tmp_path):
     from safetensors.torch import save_file
 
