@@ -317,8 +317,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if arguments.threads:
@@ -355,6 +355,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         plot(record, path.with_suffix(".png"))
+    return record
 
 
 if __name__ == "__main__":
