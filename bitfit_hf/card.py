@@ -386,7 +386,7 @@ def _names(modules: list[str]) -> str:
 def _procedure(run: TrainingRun) -> dict[str, str]:
     given = run.hyperparameters
     names = [name for name in _WORDS if name in given] + sorted(name for name in given if name not in _WORDS)
-    lines = {_WORDS.get(name, name): _value(given[name]) for name in names if _is_known(given[name])}
+    lines = {_words(name, given[name]): _value(given[name]) for name in names if _is_known(given[name])}
     if _is_known(run.steps):
         lines["updates"] = _value(run.steps)
     if _is_known(run.epochs):
@@ -398,6 +398,12 @@ def _procedure(run: TrainingRun) -> dict[str, str]:
     if _is_known(run.seconds):
         lines["time"] = f"{run.seconds:.0f} s"
     return lines
+
+
+def _words(name: str, value: Any) -> str:
+    if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
+        return "warm-up, share of the updates"  # as the Trainer reads a number below one
+    return _WORDS.get(name, name)
 
 
 def _is_known(value: Any) -> bool:

@@ -713,3 +713,12 @@ def test_repo_id_is_in_title_and_code(tmp_path):
 def test_template_is_in_the_library_and_seen_in_model_cards():
     template = ROOT / "model_cards" / "template.md"
     assert template.read_bytes() == (ROOT / "bitfit_hf" / "model_card_template.md").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "line"), [(0.06, "warm-up, share of the updates | 0.06"), (100, "warm-up updates | 100")]
+)
+def test_a_warm_up_below_one_is_a_share(given, line, tmp_path):
+    config = get_peft_model(build("bert-sequence"), BitFitConfig()).peft_config["default"]
+    write_card(tmp_path, config, run=TrainingRun(hyperparameters={"warmup_steps": given}))
+    assert line in (tmp_path / "README.md").read_text()
