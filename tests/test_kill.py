@@ -55,7 +55,9 @@ def save_often(delta):
 
 found, interrupted = [], 0
 if mode == "kill":
-    while len(found) < int(count) or (len(set(found)) < 2 and len(found) < 10 * int(count)):
+    # How many of the kills hit a save half-way depends on the machine, so they go on until enough have.
+    enough = lambda: len(found) >= int(count) and len(set(found)) == 2 and interrupted >= 5
+    while not enough() and len(found) < 20 * int(count):
         pid = child(save_forever)
         os.read(started, 1)
         time.sleep(random.uniform(0, 4 * one_save))
@@ -102,7 +104,7 @@ def test_sigkill_at_random_moments(kills, tmp_path, saved):
     answer = run("kill", kills, tmp_path / "folder", saved)
     assert len(answer["found"]) >= kills
     assert set(answer["found"]) == {BiasDelta.from_pretrained(folder).digest for folder in saved}, "both were there"
-    assert answer["interrupted"] >= 3, "kills that hit a save half-way"
+    assert answer["interrupted"] >= 5, "kills that hit a save half-way"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
