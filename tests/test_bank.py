@@ -860,7 +860,7 @@ def test_predict_returns_hidden_states_without_padding(served):
 
 def test_predict_mixes_kinds_and_sorts_by_length(served, capsys):
     bank, _, _ = served
-    texts = [" ".join("abcdefgh"[: 1 + i % 8]) for i in range(40)]
+    texts = [" ".join("abcdefgh"[: 1 + i // 5]) for i in range(40)]  # the shortest first
     tasks = [["sequence-3", "token-4", "regression", None][i % 4] for i in range(40)]
     lengths: list[int] = []
     hook = bank._base.backbone.embeddings.register_forward_pre_hook(
