@@ -122,7 +122,7 @@ def bias_change(
     sums: dict[tuple[str, str, int | None], float] = {}
     sizes: dict[tuple[str, str, int | None], int] = {}
     for name, biases in delta.biases.items():
-        for bias, values in zip(biases, _pieces(delta[name], biases), strict=True):
+        for bias, values in zip(biases, pieces(delta[name], biases), strict=True):
             place = (bias.stack, bias.term, bias.layer)
             sums[place] = sums.get(place, 0.0) + values.double().abs().sum().item()
             sizes[place] = sizes.get(place, 0) + values.numel()
@@ -219,7 +219,7 @@ def as_delta(
     )
 
 
-def _pieces(tensor: torch.Tensor, biases: Sequence[Bias]) -> list[torch.Tensor]:
+def pieces(tensor: torch.Tensor, biases: Sequence[Bias]) -> list[torch.Tensor]:
     """The part of one tensor of a delta that belongs to each of the terms in it."""
     index = span_index(biases)
     whole = tensor.flatten()

@@ -24,6 +24,7 @@ from .errors import (
     UnknownTermError,
     collect,
 )
+from .fetch import fetch_delta
 from .files import KEY_PREFIX, check_values, digest, read_pair, write_pair
 from .fingerprint import OnMismatch, check_base, fingerprint
 from .layout import decode_layout, encode_layout
@@ -116,8 +117,6 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             [`DeltaFormatError`]: Its files are damaged, incomplete, or of two different saves.
             [`DeltaIOError`]: They cannot be read.
         """
-        from .hub import fetch_delta
-
         folder = fetch_delta(
             path_or_repo,
             revision=revision,
@@ -408,7 +407,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     def _combine(self, other: BiasDelta, sign: float) -> BiasDelta:
         if not isinstance(other, BiasDelta):
             return NotImplemented
-        self._check_same_base(other)
+        self.check_same_base(other)
         problems = [
             f"{name}: other terms of the fused vector are tuned"
             for name in self
@@ -447,7 +446,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         copies = [{name: tensor.clone() for name, tensor in group.items()} for group in (tensors, head)]
         return BiasDelta(copies[0], config=config, head=copies[1])
 
-    def _check_same_base(self, other: BiasDelta) -> None:
+    def check_same_base(self, other: BiasDelta) -> None:
+        """Raises [`BaseModelMismatchError`] where another delta was trained on another base, by their fingerprints."""
         mine = (self.config.base_fingerprint or {}).get("tensors", {})
         theirs = (other.config.base_fingerprint or {}).get("tensors", {})
         shared = mine.keys() & theirs.keys()

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..delta import BiasDelta
 from ..errors import TaskBankError
+from ..fetch import fetch_delta
 from ..tuner.head import Labels
 from .kinds import Kind
 from .sites import Site
@@ -58,8 +59,6 @@ class Source:
         """
         if self.delta is not None:
             return self.delta
-        from ..hub import fetch_delta
-
         assert self.place is not None
         folder = fetch_delta(self.place, **self.options)
         if not os.path.isdir(self.place):

@@ -350,7 +350,7 @@ def plot(
 def _read(name: str, revision: str | None, token: str | None) -> tuple[BiasDelta, Path]:
     """A delta, and the local folder of its files."""
     from ..delta import BiasDelta
-    from ..hub import fetch_delta
+    from ..fetch import fetch_delta
 
     folder = fetch_delta(name, revision=revision, token=token)
     return BiasDelta.from_folder(folder, where=name), folder

@@ -14,8 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from torch import nn
 
-from ..analysis import _pieces as pieces
-from ..analysis import bias_change, term_counts
+from ..analysis import bias_change, pieces, term_counts
 from ..delta import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..files import CARD_FILE
@@ -227,7 +226,7 @@ def _summary(delta: BiasDelta) -> dict[str, Any]:
 
 def _same_base(a: BiasDelta, b: BiasDelta) -> bool:
     try:
-        a._check_same_base(b)  # what their arithmetic goes by
+        a.check_same_base(b)  # what their arithmetic goes by
     except BaseModelMismatchError:
         return False
     return True

@@ -23,6 +23,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..config import BitFitConfig
 from ..errors import DeltaFormatError
+from ..fetch import fetch_delta
 from ..files import check_digest, check_values, read_pair
 
 # The frames between the tuner and a way of loading: the tuner's, and the constructors of PEFT's wrappers.
@@ -75,8 +76,6 @@ class Loading:
         assert self.path_or_repo is not None
         if os.path.isdir(self.path_or_repo):
             return Path(self.path_or_repo, self.hub_kwargs.get("subfolder") or "")
-        from ..hub import fetch_delta
-
         known = inspect.signature(fetch_delta).parameters
         kwargs = {name: value for name, value in self.hub_kwargs.items() if name in known and value is not None}
         return fetch_delta(self.path_or_repo, **kwargs)
