@@ -1,0 +1,54 @@
+"""BitFit with any subset of the bias terms: the library's own callback, nothing of it done again here."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, load_delta
+
+from .base import Folder, Method, size_of
+
+
+class BitFit(Method):
+    """
+    Tunes bias terms and the task head (Ben Zaken, Ravfogel and Goldberg, 2022).
+
+    The preset `"query+intermediate"` is the paper's half-size subset, b_q and b_m2, and has no pooler in it; the
+    reference code adds the pooler's bias to every subset, which here is asked for: `"query+intermediate+pooler"`.
+
+    Args:
+        terms (`str`, *optional*, defaults to `"all"`):
+            Terms of [`BitFitConfig`] or the paper's symbols, joined by `+`: `"query+intermediate"`, `"b_m2"`.
+        add_missing_biases (`bool`, *optional*, defaults to `False`): See [`BitFitConfig`].
+        seed (`int`, *optional*): Unused: the deltas start at zero.
+    """
+
+    learning_rates = (1e-4, 4e-4, 7e-4, 1e-3)
+
+    def __init__(self, terms: str = "all", *, add_missing_biases: bool = False, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        names = terms.split("+")
+        self.config = BitFitConfig(
+            bias_terms=terms if len(names) == 1 else names, add_missing_biases=add_missing_biases
+        )
+        chosen = self.config.bias_terms
+        self.name = (
+            "bitfit" if chosen == "all" else f"bitfit:{chosen if isinstance(chosen, str) else '+'.join(chosen)}"
+        )
+
+    def _prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        # The callback would inject the deltas when the Trainer is made; like this they can be counted before.
+        model.add_adapter(self.config)
+        return model
+
+    def callbacks(self) -> list[TrainerCallback]:
+        return [BitFitCallback()]
+
+    def save(self, model: nn.Module, folder: Folder) -> int:
+        BiasDelta.from_model(model).save_pretrained(folder, card=False)
+        return size_of(folder, ["adapter_config.json", "adapter_model.safetensors"])
+
+    def load(self, model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
+        load_delta(model, str(folder))
+        return model
