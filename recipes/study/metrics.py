@@ -1,0 +1,89 @@
+"""The metrics of the tasks, on scikit-learn and scipy."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import EvalPrediction
+
+from .data import GLUE
+
+Metrics = Callable[[EvalPrediction], dict[str, float]]
+
+
+def accuracy(labels: Any, predictions: Any) -> dict[str, float]:
+    """Share of right answers."""
+    return {"accuracy": float(accuracy_score(labels, predictions))}
+
+
+def accuracy_and_f1(labels: Any, predictions: Any) -> dict[str, float]:
+    """Accuracy, and F1 of class 1."""
+    return accuracy(labels, predictions) | {"f1": float(f1_score(labels, predictions))}
+
+
+def matthews_correlation(labels: Any, predictions: Any) -> dict[str, float]:
+    """Matthews' correlation coefficient, from -1 to 1; 0 for a constant answer."""
+    return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
+
+
+def correlations(labels: Any, predictions: Any) -> dict[str, float]:
+    """Spearman's and Pearson's correlation. Of a constant answer, where they are not defined, 0: it tells nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found = {
+            "spearmanr": float(spearmanr(labels, predictions).statistic),
+            "pearsonr": float(pearsonr(labels, predictions).statistic),
+        }
+    if not np.all(np.isfinite(predictions)):
+        return found
+    return {name: 0.0 if math.isnan(value) else value for name, value in found.items()}
+
+
+_BY_METRIC = {
+    "accuracy": accuracy,
+    "f1": accuracy_and_f1,
+    "matthews_correlation": matthews_correlation,
+    "spearmanr": correlations,
+}
+
+
+def answers(logits: np.ndarray) -> np.ndarray:
+    """What a model answers: the likeliest class of `[rows, classes]`, the value itself of `[rows, 1]`."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
+
+
+def glue_metrics(task: str) -> Metrics:
+    """
+    What the paper and GLUE report of a task, as a `compute_metrics` for a Trainer.
+
+    Args:
+        task (`str`): A key of [`GLUE`]: Matthews' correlation for CoLA, Spearman's and Pearson's for STS-B, accuracy
+            and F1 for MRPC and QQP, accuracy for the others.
+    """
+    compute = _BY_METRIC[GLUE[task].metric]
+    return lambda prediction: compute(prediction.label_ids, answers(prediction.predictions))
+
+
+def word_accuracy(lost: int = 0) -> Metrics:
+    """
+    Share of words tagged rightly, for labels `[rows, tokens]` that are -100 but at one token of each word.
+
+    Args:
+        lost (`int`, *optional*, defaults to 0): Words that no token stands for, since their text was cut. They count
+            as wrong, so that accuracy is over all words.
+    """
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        labels, tags = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+        if tags.ndim == 3:
+            tags = tags.argmax(-1)
+        words = labels != -100
+        return {"accuracy": float((tags == labels)[words].sum() / (words.sum() + lost))}
+
+    return compute
