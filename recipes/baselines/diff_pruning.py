@@ -240,7 +240,10 @@ class DiffPruningCallback(TrainerCallback):
         if control.should_evaluate:
             set_threshold(model, self.sparsity)
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        set_threshold(model, self.sparsity)  # other callbacks may evaluate here, whatever the Trainer is told to do
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
