@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
 from ..files import KEY_PREFIX
+from ..quantised import keep_trainable
 from ..terms import Bias
 from ..terms.structure import stock_module
 from .head import BitFitHead
@@ -24,6 +25,7 @@ from .loading import loading_in_progress
 from .merging import prepare_merge
 from .mixed import MixedBatch, check_adapter_names
 from .plan import Plan, make_plan
+from .quantised_layer import BitsAndBytesLayer, is_bitsandbytes
 from .state import (
     StrictLoader,
     delta_parameters,
@@ -128,12 +130,14 @@ class BitFitModel(BaseTuner):
             plan = make_plan(model, config, adapter_name, only=state_dict)
             plan.check_fit(model, tensors, where=f"adapter {adapter_name!r}")
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        keep_trainable(model)
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
 
         device = torch.device("meta") if low_cpu_mem_usage else None
         self._wrap_layers(model, adapter_name, plan, inference_mode=config.inference_mode, device=device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        self._mark_only_adapters_as_trainable(model)
+        if first:
+            self._mark_only_adapters_as_trainable(model)
         self._wrap_head(model, adapter_name, plan, inference_mode=config.inference_mode)
         for parameter, requires_grad in trainable:
             parameter.requires_grad = requires_grad
@@ -158,7 +162,7 @@ class BitFitModel(BaseTuner):
         assert child is not None
         if isinstance(child, BitFitLayer):
             return child
-        layer = BitFitLayer(child, parameters)
+        layer = (BitsAndBytesLayer if is_bitsandbytes(child) else BitFitLayer)(child, parameters)
         layer.train(child.training)
         layer._active_adapter = self.active_adapters
         setattr(parent, name, layer)

@@ -7,6 +7,7 @@ bfloat16 loses the small steps of bias tuning: 1.0 ignores an update of 1e-3. So
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +23,10 @@ def _without_cast(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
 
 class Float32ParameterDict(nn.ParameterDict):
     """Parameters by adapter name; moved between devices, never cast."""
+
+    def __getitem__(self, key: str) -> Any:
+        found = self._parameters.get(key)  # the long way is for what takes its place, such as a view under FSDP1
+        return super().__getitem__(key) if found is None else found
 
     def share(self, name: str, parameter: nn.Parameter) -> None:
         """Takes in a parameter of another place, the very object: under `low_cpu_mem_usage` PEFT patches registration
