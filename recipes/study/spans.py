@@ -43,6 +43,34 @@ def answer_tokens(offsets: Offsets, start: int, end: int) -> tuple[int, int] | N
     return (covering[0], covering[-1]) if covering else None
 
 
+def check_windows(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, doc_stride: int, max_question_length: int
+) -> None:
+    """Checks what [`make_windows`] is going to be called with.
+
+    Raises:
+        `ValueError`: The tokenizer is a slow one, its model takes no inputs of that length, or windows of these
+            lengths would never get through a context.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets, which the text of an "
+            "answer is cut out by. Use the model's fast tokenizer (a checkpoint with tokenizer.json has one)."
+        )
+    if max_length > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_length={max_length} is more than the {tokenizer.model_max_length} tokens that the model takes "
+            f"({tokenizer.name_or_path}). Pass a smaller one."
+        )
+    room = max_length - max_question_length - tokenizer.num_special_tokens_to_add(pair=True)
+    if doc_stride >= room:
+        raise ValueError(
+            f"max_length={max_length} leaves {room} tokens for the context beside max_question_length="
+            f"{max_question_length} and the special tokens; doc_stride={doc_stride} must be smaller than that, or "
+            "neighbouring windows would be the same."
+        )
+
+
 def make_windows(
     rows: Mapping[str, Sequence[Any]],
     indices: Sequence[int],
@@ -69,20 +97,9 @@ def make_windows(
         `context_start` (the index of the first context token) and `offsets` of its context tokens.
 
     Raises:
-        `ValueError`: The tokenizer is a slow one, or windows of these lengths would never get through a context.
+        `ValueError`: See [`check_windows`].
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets, which the text of an "
-            "answer is cut out by. Use the model's fast tokenizer (a checkpoint with tokenizer.json has one)."
-        )
-    room = max_length - max_question_length - tokenizer.num_special_tokens_to_add(pair=True)
-    if doc_stride >= room:
-        raise ValueError(
-            f"max_length={max_length} leaves {room} tokens for the context beside max_question_length="
-            f"{max_question_length} and the special tokens; doc_stride={doc_stride} must be smaller than that, or "
-            "neighbouring windows would be the same."
-        )
+    check_windows(tokenizer, max_length, doc_stride, max_question_length)
     encoded = tokenizer(
         _shortened(rows["question"], tokenizer, max_question_length),
         list(rows["context"]),
