@@ -30,7 +30,7 @@ from study.data import GLUE, GLUE_NAME, load_glue, load_splits, subset
 from study.metrics import answers, glue_metrics
 from study.models import locate, new_model
 from study.record import RunRecord
-from study.training import Split, TaskData, summary, train
+from study.training import Split, TaskData, report, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> RunRecord:
     args = parse(GlueArguments, argv, description=__doc__.splitlines()[0])
     transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
     record = run(args)
-    print(summary(record))
+    report(record)
     return record
 
 

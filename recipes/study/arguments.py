@@ -46,6 +46,7 @@ class StudyArguments:
     weight_decay: float = field(default=0.0, metadata={"help": "Never applied to a BitFit delta."})
     group_by_length: bool = field(default=True, metadata={"help": "Batches of inputs of like length."})
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "Autocast of the model."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone that is there."})
     seed: int = field(default=0, metadata={"help": "Of the head, the subset, the order and dropout."})
 
     def options_of_method(self) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from baselines import Method, make_method
 from datasets import Dataset
 from transformers import (
@@ -138,7 +140,7 @@ def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArgument
     The Trainer's arguments. The batch is split over the processes, so that a run is the same on one and on several.
 
     Raises:
-        `SystemExit`: The batch cannot be split evenly.
+        `SystemExit`: The batch cannot be split evenly, or the processes do not know of each other.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch_size % processes:
@@ -157,14 +159,22 @@ def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArgument
         "bf16": args.precision == "bf16",
         "fp16": args.precision == "fp16",
         # Without it a Trainer refuses bf16 on a machine that has no other device.
-        "use_cpu": not _accelerator(),
+        "use_cpu": args.use_cpu or not _accelerator(),
         "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
         "seed": args.seed,
+        # For models that divide by the number of tokens in all processes. The stock classifiers do not, and the
+        # Trainer would multiply their loss by the number of processes.
+        "average_tokens_across_devices": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     made = TrainingArguments(**values | changes)
+    if made.world_size != processes:
+        raise SystemExit(
+            f"{processes} processes were launched, but this one is in a group of {made.world_size}: each would train "
+            "alone and write the same files. On a machine with a GPU, launch on the CPU with --use_cpu."
+        )
     if (found := made.train_batch_size * made.world_size) != args.batch_size:
         raise SystemExit(
             f"{made.n_gpu} devices in {made.world_size} processes would make batches of {found}, not of --batch_size "
@@ -262,9 +272,16 @@ def train(
         hardware=hardware(trainer_args.world_size, trainer_args.device),
         notes=notes,
     )
+    record = broadcast_object_list([record])[0]
     if trainer.is_world_process_zero():
         record.write(folder / "run.json")
     return record
+
+
+def report(record: RunRecord) -> None:
+    """Prints a run in one line, on the first process."""
+    if PartialState().is_main_process:
+        print(summary(record))
 
 
 def summary(record: RunRecord) -> str:
