@@ -19,7 +19,7 @@ from ..tuner.layer import span_index
 from .base import Base
 from .batch import Batch, Member, running
 from .kinds import Kind, base_kind, find_kind
-from .output import BankOutput, example_of
+from .output import BankOutput
 from .predict import Prediction, predict
 from .residents import Resident, Residents, Source, Task
 from .sites import Site
@@ -254,7 +254,7 @@ class TaskBank:
                 member = Member(examples, self._base.no_rows if resident is None else resident.rows, resident)
                 members.append(member)
                 kinds.setdefault(id(kind), (kind, []))[1].append(member)
-            answers: list[Any] = [None] * len(names)
+            outputs: list[Any] = [None] * len(names)
             with running(Batch(members, len(names))) as batch:
                 if len(kinds) > 1:
                     batch.results = {}
@@ -264,8 +264,8 @@ class TaskBank:
                     assert isinstance(output, ModelOutput)
                     for member in answering:
                         for example in member.examples:
-                            answers[example] = example_of(output, example, len(names), self._base.mixing)
-        return BankOutput(answers, names)
+                            outputs[example] = output
+        return BankOutput(outputs, names, self._base.mixing)
 
     def predict(
         self,

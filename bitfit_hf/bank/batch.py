@@ -32,6 +32,11 @@ class Member:
         self.resident = resident
         self._index: dict[torch.device, torch.Tensor] = {}
 
+    @property
+    def rows_tensor(self) -> torch.Tensor:
+        """Its rows as a tensor, which a resident keeps: making one takes longer than a small layer."""
+        return torch.tensor(list(self.rows)) if self.resident is None else self.resident.rows_tensor
+
     def index(self, device: torch.device) -> torch.Tensor:
         """Its places as a tensor."""
         if device not in self._index:
@@ -67,16 +72,29 @@ class Batch:
         self.strangers: set[object] | None = None
         self.active: list[bool] = []
         self._rows: dict[torch.device, torch.Tensor] = {}
+        self._folded: dict[tuple[int, torch.device], torch.Tensor] = {}
         if len(members) > 1:
             self._gather()
 
     def _gather(self) -> None:
-        table = torch.tensor([list(member.rows) for member in self.members])
-        owner = torch.empty(self.size, dtype=torch.long)
-        for number, member in enumerate(self.members):
-            owner[member.examples] = number
+        table = torch.stack([member.rows_tensor for member in self.members])
+        owners = self.owners(self.members, table.device)
         self.active = table.any(dim=0).tolist()
-        self._rows[owner.device] = table[owner].t().contiguous()  # (sites, examples)
+        self._rows[table.device] = table[owners].t().contiguous()  # (sites, examples)
+
+    def owners(self, members: Sequence[Member], device: torch.device) -> torch.Tensor:
+        """For each example the place of its task in `members`, `(examples,)`; 0 where it is of none of these."""
+        places = [0] * self.size
+        for place, member in enumerate(members):
+            for example in member.examples:
+                places[example] = place
+        return torch.tensor(places, device=device)
+
+    def folded(self, factor: int, device: torch.device) -> torch.Tensor:
+        """The example that each of `examples * factor` rows belongs to, the example outermost."""
+        if (factor, device) not in self._folded:
+            self._folded[factor, device] = torch.arange(self.size, device=device).repeat_interleave(factor)
+        return self._folded[factor, device]
 
     def rows(self, site: int, device: torch.device) -> torch.Tensor:
         """The row of each example in the table of a site, `(examples,)`."""

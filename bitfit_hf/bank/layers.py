@@ -112,7 +112,7 @@ class BankedLayer:
         biases = site.effective_rows(batch.rows(site.number, x.device), stored, x.dtype)
         tokens = x.shape[:-1].numel()
         self._fold(batch, x.shape[0])
-        start = biases.unsqueeze(1).expand(batch.size, tokens // batch.size, site.size).reshape(tokens, site.size)
+        start = biases.index_select(0, batch.folded(tokens // batch.size, x.device))
         return start.addmm_(x.reshape(tokens, -1), matrix).view(*x.shape[:-1], site.size)
 
     def _add_rows(self, batch: Batch, result: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ class BankedLayer:
         rows = site.delta_rows(batch.rows(site.number, result.device))
         factor = self._fold(batch, result.shape[self.batch_axis])
         if factor > 1:  # windows, patches or choices that are folded into the batch
-            rows = rows.repeat_interleave(factor, dim=0)
+            rows = rows.index_select(0, batch.folded(factor, rows.device))
         shape = [1] * result.dim()
         shape[self.batch_axis], shape[self._channel_axis] = rows.shape
         return result.add_(rows.view(shape))

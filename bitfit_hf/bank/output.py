@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,16 +20,26 @@ class BankOutput(Sequence[ModelOutput]):
     question answering, `last_hidden_state` of a backbone without a head.
 
     Args:
-        answers (`Sequence[ModelOutput]`): One per example.
+        outputs (`Sequence[ModelOutput]`): For each example the output, of the whole batch, that its answer is part of.
         tasks (`Sequence[str]`): Their tasks' names; `None` for the base.
+        mixing (`Container[str]`, *optional*): Fields in which examples come together.
     """
 
-    def __init__(self, answers: Sequence[ModelOutput], tasks: Sequence[str | None]) -> None:
-        self._answers = list(answers)
+    def __init__(
+        self, outputs: Sequence[ModelOutput], tasks: Sequence[str | None], mixing: Container[str] = ()
+    ) -> None:
+        self._outputs = list(outputs)
+        self._mixing = mixing
         self.tasks = list(tasks)
 
+    @cached_property
+    def _answers(self) -> list[ModelOutput]:
+        # Made when they are asked for: an object for each of a hundred examples takes as long as a layer, and most
+        # callers want one field.
+        return [example_of(output, i, len(self), self._mixing) for i, output in enumerate(self._outputs)]
+
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._outputs)
 
     def __iter__(self) -> Iterator[ModelOutput]:
         return iter(self._answers)
@@ -37,8 +48,10 @@ class BankOutput(Sequence[ModelOutput]):
         return self._answers[index]
 
     def __getattr__(self, name: str) -> list[Any]:
-        if not name.startswith("_"):
-            column = [answer.get(name) for answer in self._answers]
+        if name.startswith("_"):  # before `__init__` has run, as for a copy
+            raise AttributeError(name)
+        if name not in self._mixing:
+            column = [_row(output.get(name), i, len(self)) for i, output in enumerate(self._outputs)]
             if any(value is not None for value in column):
                 return column
         raise AttributeError(f"no example of this batch has {name!r}; there are {self.fields}")
@@ -46,7 +59,7 @@ class BankOutput(Sequence[ModelOutput]):
     @property
     def fields(self) -> list[str]:
         """Names of the fields that some example has."""
-        return list(dict.fromkeys(name for answer in self.__dict__.get("_answers", ()) for name in answer))
+        return list(dict.fromkeys(name for answer in self._answers for name in answer))
 
     def __repr__(self) -> str:
         return f"BankOutput({len(self)} examples of {len(set(self.tasks))} tasks, fields {self.fields})"

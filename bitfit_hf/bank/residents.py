@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..delta import BiasDelta
@@ -88,6 +89,7 @@ class Resident:
 
     def __init__(self, rows: Sequence[int], heads: dict[str, nn.Module]) -> None:
         self.rows = tuple(rows)
+        self.rows_tensor = torch.tensor(self.rows)
         self.heads = heads
         self.users = 0  # requests that run with it
         self.dropped = False  # its rows are given back when the last of them has ended
