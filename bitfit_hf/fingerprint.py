@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from .errors import BaseModelMismatchError, ConfigError, DeltaFormatError, collect
+from .quantised import dequantised
 from .terms import Bias
 from .terms.structure import stock_root, walk
 
@@ -180,9 +181,7 @@ def _tensors(module: nn.Module, parameter: str) -> Iterator[tuple[str, torch.Ten
             plain = _plain(stored)
             yield weight, plain, False, None if plain is stored else QUANTIZED
         else:
-            from peft.utils.integrations import dequantize_module_weight
-
-            yield weight, dequantize_module_weight(module), False, QUANTIZED
+            yield weight, dequantised(module), False, QUANTIZED
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
