@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..errors import AdapterNameError, UnsupportedLayerError
 from ..terms.structure import stock_module
@@ -150,6 +151,8 @@ def _rows_of_one_example(
 def _first(value: Any, batch: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[:1] if value.dim() > 0 and value.shape[0] == batch else value
+    if isinstance(value, ModelOutput):  # what the encoder answered, while a sequence is generated
+        return type(value)(**{name: _first(item, batch) for name, item in value.items()})
     if isinstance(value, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in value):
         return type(value)(_first(item, batch) for item in value)
     return value
