@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import Folder, Method, load_tensors, save_tensors, size_of, train_head_only, trained_tensors
+from .base import (
+    Folder,
+    Method,
+    head_parameters,
+    load_tensors,
+    save_tensors,
+    size_of,
+    train_head_only,
+    trained_tensors,
+)
 
 
 class Full(Method):
@@ -43,6 +52,11 @@ class Frozen(Method):
     _FILE = "head.safetensors"
 
     def _prepare(self, model: PreTrainedModel) -> PreTrainedModel:
+        if not head_parameters(model):
+            raise ValueError(
+                f"{type(model).__name__} has no new task head, so with a frozen body nothing would be trained. Use "
+                "another method for language models."
+            )
         train_head_only(model)
         return model
 

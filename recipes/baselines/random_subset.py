@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bitfit_hf.terms import find_biases, select_biases
+from bitfit_hf.terms import find_biases
 
 from .base import Folder, Method, body_parameters, train_head_only
 from .sparse import SparseValues, load_sparse, parametrizations, parametrize_, save_sparse
@@ -35,7 +35,12 @@ class _RandomSubset(Method):
         self.budget = budget
 
     def _prepare(self, model: PreTrainedModel) -> PreTrainedModel:
-        budget = self.budget or sum(bias.num_parameters for bias in select_biases(model))
+        budget = self.budget or sum(bias.num_parameters for bias in find_biases(model))
+        if not budget:
+            raise ValueError(
+                f"{type(model).__name__} has no biases, so there is no number of parameters to take over from BitFit. "
+                f"Say how many to train: make_method({self.name!r}, budget=...)."
+            )
         drawn = self._draw(model, budget, np.random.default_rng(self.seed))
         train_head_only(model)
         parametrize_(model, {name: SparseValues(model.get_parameter(name), at) for name, at in drawn.items()})
