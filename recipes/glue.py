@@ -10,7 +10,7 @@ in the paper.
     accelerate launch recipes/glue.py --task mrpc --method bitfit:query+intermediate --learning_rate 7e-4
     accelerate launch recipes/glue.py --task mnli --method full --learning_rate 2e-5 --train_metrics 2000
     accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml \\
-        recipes/glue.py --config recipes/configs/glue_minilm_cpu.yaml --task sst2 --data_dir path/to/data
+        recipes/glue.py --use_cpu --config recipes/configs/glue_minilm_cpu.yaml --task sst2 --data_dir path/to/data
 
 Data is `nyu-mll/glue` from the Hub, or local files `<data_dir>/glue/<task>/<split>.jsonl.gz` in the same columns. The
 best epoch is chosen on the rows that the figures are about, as in the paper: such a figure is a little flattered, more

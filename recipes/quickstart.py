@@ -19,7 +19,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,8 @@ from datasets import ClassLabel, Dataset, load_dataset
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from study.data import GLUE, GLUE_NAME, load_glue
+from study.metrics import metrics_with
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -55,19 +54,6 @@ DEMO_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what it is on the Hub
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the published checkpoint
 
 GENERATED_ROWS = {"stance": (1200, 400), "intent": (600, 400)}  # train, eval
-# GLUE tasks by their columns and labels; a task without label names is a regression.
-GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment")),
-    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
-    "stsb": (("sentence1", "sentence2"), ()),
-    "cola": (("sentence",), ("unacceptable", "acceptable")),
-    "sst2": (("sentence",), ("negative", "positive")),
-}
-METRICS: dict[str, tuple[str, Callable[[Any, Any], float]]] = {
-    "cola": ("matthews_correlation", matthews_corrcoef),
-    "mrpc": ("f1", f1_score),
-    "stsb": ("spearmanr", lambda labels, scores: spearmanr(labels, scores).statistic),
-}
 
 
 @dataclass
@@ -149,15 +135,8 @@ def load_task(args: QuickstartArguments, task: str) -> TaskData:
         columns, label_column, names = ("text",), "label", synthetic_data.LABELS[task]
     else:
         if task in GLUE:
-            columns, names = GLUE[task]
-            label_column = "label"
-            if args.data_dir:
-                folder = Path(args.data_dir)
-                folder = folder / task if (folder / task).is_dir() else folder
-                files = {split: str(folder / f"{split}.jsonl.gz") for split in ("train", "validation")}
-                splits = load_dataset("json", data_files=files)
-            else:
-                splits = load_dataset("nyu-mll/glue", task)
+            columns, names, label_column = GLUE[task].columns, GLUE[task].labels, "label"
+            splits = load_glue(task, args.data_dir)
         elif args.dataset:
             splits = load_dataset(args.dataset)
             columns, label_column = tuple(args.text_columns), args.label_column
@@ -169,7 +148,8 @@ def load_task(args: QuickstartArguments, task: str) -> TaskData:
         else:
             raise SystemExit(f"--task {task}: choose from {', '.join([*GENERATED_ROWS, *GLUE])}, or pass --dataset.")
         train = splits["train"].shuffle(seed=args.seed)
-        evaluation = splits["validation" if "validation" in splits else "test"]
+        wanted = GLUE[task].splits("validation")[0] if task in GLUE else "validation"
+        evaluation = splits[wanted if wanted in splits else "test"]
         train = train.select(range(min(args.train_size or len(train), len(train))))
         evaluation = evaluation.select(range(min(args.eval_size or len(evaluation), len(evaluation))))
 
@@ -190,12 +170,6 @@ def new_model(base: str, data: TaskData, seed: int) -> PreTrainedModel:
     set_seed(seed)
     names = {"id2label": dict(enumerate(data.label_names))} if data.label_names else {"num_labels": 1}
     return AutoModelForSequenceClassification.from_pretrained(base, **names)
-
-
-def compute_metric(task: str, prediction: transformers.EvalPrediction) -> dict[str, float]:
-    name, metric = METRICS.get(task, ("accuracy", accuracy_score))
-    scores = prediction.predictions
-    return {name: float(metric(prediction.label_ids, scores[:, 0] if scores.shape[1] == 1 else scores.argmax(-1)))}
 
 
 def check_loaded(tuned: PreTrainedModel, loaded: PreTrainedModel, batch: dict[str, torch.Tensor]) -> float:
@@ -224,6 +198,7 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
         return tokenizer(*(rows[column] for column in data.text_columns), truncation=True, max_length=args.max_length)
 
     train, evaluation = (split.map(tokenize, batched=True) for split in (data.train, data.eval))
+    metric = GLUE[task].metric if task in GLUE else "accuracy"
     folder = Path(args.output_dir) / task.replace("/", "--")
     make_trainer = partial(
         Trainer,
@@ -245,10 +220,9 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
         eval_dataset=evaluation,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=partial(compute_metric, task),
+        compute_metrics=metrics_with(metric),
     )
 
-    metric = METRICS.get(task, ("accuracy", None))[0]
     console.print("Frozen body, only the head is trained:")
     model = new_model(base, data, args.seed)
     model.base_model.requires_grad_(False)
@@ -295,7 +269,7 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
 def card_facts(args: QuickstartArguments, task: str) -> dict[str, Any]:
     """What the card says of the data: its name on the Hub, where it is from there."""
     if task in GLUE:
-        return {"dataset": "nyu-mll/glue", "dataset_config": task, "eval_split": "validation"}
+        return {"dataset": GLUE_NAME, "dataset_config": task, "eval_split": GLUE[task].splits("validation")[0]}
     return {"dataset": args.dataset} if args.dataset else {}
 
 

@@ -34,7 +34,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["hub_fixtures", "recipe_fixtures"]
 
 
 @pytest.fixture(autouse=True)

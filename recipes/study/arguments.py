@@ -107,8 +107,12 @@ def parse(dataclasses: Any, argv: list[str] | None = None, description: str | No
         defaults = _read(parser, Path(known.config), {item.name: item for kind in kinds for item in fields(kind)})
         parser.parse_args(defaults)
         parser.where = ""
-    parsed = parser.parse_args_into_dataclasses([*defaults, *rest], look_for_args_file=False)[: len(kinds)]
-    return parsed if isinstance(dataclasses, tuple) else parsed[0]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        [*defaults, *rest], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(parsed[: len(kinds)]) if isinstance(dataclasses, tuple) else parsed[0]
 
 
 def _read(parser: _Parser, path: Path, known: dict[str, Field[Any]]) -> list[str]:

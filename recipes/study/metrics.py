@@ -58,6 +58,17 @@ def answers(logits: np.ndarray) -> np.ndarray:
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)
 
 
+def metrics_with(name: str) -> Metrics:
+    """
+    A `compute_metrics` for a Trainer, of a classifier or a regression.
+
+    Args:
+        name (`str`): The metric that matters; what is usually reported beside it comes along.
+    """
+    compute = _BY_METRIC[name]
+    return lambda prediction: compute(prediction.label_ids, answers(prediction.predictions))
+
+
 def glue_metrics(task: str) -> Metrics:
     """
     What the paper and GLUE report of a task, as a `compute_metrics` for a Trainer.
@@ -66,8 +77,7 @@ def glue_metrics(task: str) -> Metrics:
         task (`str`): A key of [`GLUE`]: Matthews' correlation for CoLA, Spearman's and Pearson's for STS-B, accuracy
             and F1 for MRPC and QQP, accuracy for the others.
     """
-    compute = _BY_METRIC[GLUE[task].metric]
-    return lambda prediction: compute(prediction.label_ids, answers(prediction.predictions))
+    return metrics_with(GLUE[task].metric)
 
 
 def word_accuracy(lost: int = 0) -> Metrics:

@@ -93,6 +93,13 @@ class Evaluation(TrainerCallback):
         self.trainer: Trainer | None = None
         self._epochs = 0
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # With "group_by_length" a Trainer shuffles what it evaluates and predicts too: metrics that go by the row, and
+        # files of predictions, would be about other rows. The training sampler has been made by now.
+        args.train_sampling_strategy = "sequential"
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
