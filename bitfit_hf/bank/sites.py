@@ -15,8 +15,9 @@ class Site:
     """One bias vector of the base with the deltas of all tasks, in one tensor.
 
     Row 0 of the table is zero: the base, and every task that does not tune this bias. Rows are given to tasks and
-    taken back; a table that is full doubles. A row is written while no request uses it, and a grown table has every
-    row where it was, so requests read the table without a lock.
+    taken back; a table that is full grows by an eighth, which keeps what is reserved near what is used, and its sites
+    do so at different moments, so that no task waits for all of them. A row is written while no request uses it, and
+    a grown table has every row where it was, so requests read the table without a lock.
 
     Args:
         number (`int`): Its place among the base's sites.
@@ -70,7 +71,8 @@ class Site:
             self.table[row] = whole.to(self.table)
 
     def _grow(self, needed: int) -> None:
-        capacity = max(needed, 2 * len(self.table), _FIRST_CAPACITY)
+        first = _FIRST_CAPACITY + self.number % _FIRST_CAPACITY
+        capacity = max(needed, len(self.table) + len(self.table) // 8, first)
         if self._limit is not None:
             capacity = max(needed, min(capacity, self._limit + 1))
         # Left uninitialised: rows that no task has are never read, and cost no memory before they are written.
