@@ -26,11 +26,11 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from study.arguments import StudyArguments, parse
-from study.data import GLUE, GLUE_NAME, load_glue, load_splits, subset
+from study.data import GLUE, GLUE_NAME, by_length, load_glue, load_splits, subset
 from study.metrics import answers, glue_metrics
 from study.models import locate, new_model
 from study.record import RunRecord
-from study.training import Split, TaskData, report, train
+from study.training import Split, TaskData, chosen_method, report, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -91,6 +91,7 @@ def run(args: GlueArguments) -> RunRecord:
         raise SystemExit(f"--task {args.task}: choose from {', '.join(GLUE)} (WNLI is left out, as in the paper).")
     if args.diagnostics and args.task != "mnli":
         raise SystemExit(f"--diagnostics goes with --task mnli, whose labels the diagnostic set has, not {args.task}.")
+    method = chosen_method(args)
     spec = GLUE[args.task]
     splits = load_glue(args.task, args.data_dir)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model_name_or_path))
@@ -104,14 +105,16 @@ def run(args: GlueArguments) -> RunRecord:
         name=args.task,
         train=training_rows,
         evaluation={
-            name.removeprefix("validation_"): Split(prepare(subset(splits[name], args.eval_size)), metrics)
+            name.removeprefix("validation_"): Split(by_length(prepare(subset(splits[name], args.eval_size))), metrics)
             for name in spec.splits("validation")
         },
         metric=spec.metric,
         collator=DataCollatorWithPadding(tokenizer),
         tokenizer=tokenizer,
         source="local files" if args.data_dir else GLUE_NAME,
-        train_sample=Split(subset(training_rows, args.train_metrics), metrics) if args.train_metrics else None,
+        train_sample=Split(by_length(subset(training_rows, args.train_metrics)), metrics)
+        if args.train_metrics
+        else None,
     )
 
     def predict(trainer: Trainer) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def run(args: GlueArguments) -> RunRecord:
 
     names = {"id2label": dict(enumerate(spec.labels))} if spec.labels else {"num_labels": 1}
     model = new_model(AutoModelForSequenceClassification, args.model_name_or_path, args.seed, **names)
-    return train(None, model, data, args, recipe="glue", after=predict)
+    return train(method, model, data, args, recipe="glue", after=predict)
 
 
 def main(argv: list[str] | None = None) -> RunRecord:

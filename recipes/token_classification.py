@@ -13,9 +13,10 @@ a word carries its label. Accuracy is over all words: one that no token stands f
     accelerate launch recipes/token_classification.py --train_file train.conllu --validation_file dev.conllu \\
         --token_column 2 --tag_column 4
     accelerate launch recipes/token_classification.py --dataset eriktks/conll2003 --dataset_config conll2003 \\
-        --dataset_revision refs/convert/parquet --tag_column pos_tags
+        --tag_column pos_tags
     accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml \\
-        recipes/token_classification.py --use_cpu --config recipes/configs/pos_ewt_minilm_cpu.yaml --data_dir path/to/data
+        recipes/token_classification.py --use_cpu --config recipes/configs/pos_ewt_minilm_cpu.yaml \\
+        --data_dir path/to/data
 
 Data is from the Hub (any data set with a list of words and a list of tags per row), from local files
 `<data_dir>/ud_ewt/{train,dev,test}.jsonl.gz` in such columns, or from CoNLL-like files, whose columns are counted from
@@ -30,12 +31,12 @@ from typing import Any
 import transformers
 from datasets import Dataset
 from study.arguments import StudyArguments, parse
-from study.data import load_splits, subset
+from study.data import by_length, load_splits, subset
 from study.metrics import word_accuracy
 from study.models import locate, new_model
 from study.record import RunRecord
 from study.tagging import on_subwords, read_conll, tag_names, tagged
-from study.training import Split, TaskData, report, train
+from study.training import Split, TaskData, chosen_method, report, train
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -44,19 +45,18 @@ from transformers import (
     Trainer,
 )
 
+UD_NAME, UD_CONFIG = "universal-dependencies/universal_dependencies", "en_ewt"
 # Their byte-level tokenizers take a word for the rest of another one where no space stands before it.
 NEED_SPACE = {"bloom", "deberta", "gpt2", "longformer", "roberta"}
 
 
 @dataclass
 class TokenClassificationArguments(StudyArguments):
-    dataset: str = field(
-        default="universal-dependencies/universal_dependencies", metadata={"help": "A data set on the Hub."}
+    dataset: str = field(default=UD_NAME, metadata={"help": "A data set on the Hub."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": f"Which part of it; of the default data set {UD_CONFIG}."}
     )
-    dataset_config: str | None = field(default="en_ewt", metadata={"help": "Which part of it."})
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Of it; refs/convert/parquet where the data set itself is a script."}
-    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Of it; a branch, a tag or a commit."})
     train_file: str | None = field(default=None, metadata={"help": "CoNLL-like file, instead of `dataset`."})
     validation_file: str | None = field(default=None, metadata={"help": "To evaluate on after each epoch."})
     test_file: str | None = field(default=None, metadata={"help": "To evaluate on once."})
@@ -82,23 +82,25 @@ def load(args: TokenClassificationArguments) -> tuple[dict[str, Dataset], str]:
         splits = {split: read_conll(path, *columns) for split, path in files.items() if path}
         names = "tokens", "tags"
     else:
+        config = args.dataset_config or (UD_CONFIG if args.dataset == UD_NAME else None)
         splits = load_splits(
             args.dataset,
-            args.dataset_config,
+            config,
             data_dir=args.data_dir,
-            folders=("ud_ewt", "") if args.dataset_config == "en_ewt" else ("",),
+            folders=("ud_ewt", "") if config == UD_CONFIG else ("",),
             revision=args.dataset_revision,
         )
         splits = {split: splits[split] for split in files if split in splits}
         names = args.token_column, args.tag_column
     if "validation" not in splits:
         raise SystemExit(f"The data has no validation (or dev) split, only {', '.join(splits)}.")
-    source = "local files" if args.data_dir or args.train_file else f"{args.dataset}/{args.dataset_config or ''}"
-    return {split: tagged(rows, *names, skip_tag=args.skip_tag) for split, rows in splits.items()}, source.rstrip("/")
+    source = "local files" if args.data_dir or args.train_file else args.dataset
+    return {split: tagged(rows, *names, skip_tag=args.skip_tag) for split, rows in splits.items()}, source
 
 
 def run(args: TokenClassificationArguments) -> RunRecord:
     """One run; see [`study.training.train`] for the files that it leaves."""
+    method = chosen_method(args)
     splits, source = load(args)
     names = tag_names(splits)
     base = locate(args.model_name_or_path)
@@ -114,11 +116,11 @@ def run(args: TokenClassificationArguments) -> RunRecord:
     sample = None
     if args.train_metrics:
         some, cut = on_subwords(subset(splits["train"], args.train_metrics), tokenizer, names, args.max_length)
-        sample = Split(some, word_accuracy(cut))
+        sample = Split(by_length(some), word_accuracy(cut))
     data = TaskData(
         name=args.tag_column if args.train_file is None else f"column {args.tag_column}",
         train=inputs["train"],
-        evaluation={"validation": Split(inputs["validation"], word_accuracy(lost["validation"]))},
+        evaluation={"validation": Split(by_length(inputs["validation"]), word_accuracy(lost["validation"]))},
         metric="accuracy",
         collator=DataCollatorForTokenClassification(tokenizer),
         tokenizer=tokenizer,
@@ -136,13 +138,13 @@ def run(args: TokenClassificationArguments) -> RunRecord:
         if "test" not in inputs:
             return {}
         trainer.compute_metrics = word_accuracy(lost["test"])
-        found = trainer.evaluate(inputs["test"], metric_key_prefix="test")
+        found = trainer.evaluate(by_length(inputs["test"]), metric_key_prefix="test")
         return {"test": {"accuracy": found["test_accuracy"], "loss": found["test_loss"]}}
 
     model = new_model(
         AutoModelForTokenClassification, args.model_name_or_path, args.seed, id2label=dict(enumerate(names))
     )
-    return train(None, model, data, args, recipe="token_classification", after=test)
+    return train(method, model, data, args, recipe="token_classification", after=test)
 
 
 def main(argv: list[str] | None = None) -> RunRecord:

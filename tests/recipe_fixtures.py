@@ -83,7 +83,7 @@ def study_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def study_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made-up data of all recipes: GLUE with test splits and the diagnostic set, tagged sentences, CoNLL-U files."""
+    """Made-up data of all recipes: GLUE with test splits and diagnostic set, tagged sentences, questions, texts."""
     from study.data import GLUE
 
     folder = tmp_path_factory.mktemp("study-data")
@@ -100,4 +100,36 @@ def study_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ({"tokens": row["tokens"], "pos_tags": row["xpos"]} for row in tagged_rows(count)),
         )
         (folder / f"{name}.conllu").write_text(conllu(count), encoding="utf-8")
+        if kind != "test":
+            write_lines(folder / "squad" / f"{kind}.jsonl.gz", questions(count))
+            texts = [" ".join(sentence(number)) for number in range(3 * count)]
+            write_lines(folder / "texts" / f"{kind}.jsonl.gz", ({"text": text} for text in texts))
     return folder
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    """Rows in the columns of SQuAD v1.1."""
+    rows = []
+    for number in range(count):
+        thing, place = WORDS[number % 10], PLACES[number % 4]
+        context = f"The {thing} is on the {place}. Nobody knows who has put it there."
+        answers = {"text": [f"on the {place}"], "answer_start": [context.index(f"on the {place}")]}
+        question = f"Where is the {thing}?"
+        rows.append({"id": f"q{number}", "title": thing, "context": context, "question": question, "answers": answers})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def study_decoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random two-layer Qwen2, which has biases in some projections and none in others."""
+    import quickstart
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("study") / "tiny-qwen"
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.demo_model())
+    tokenizer.eos_token = "[SEP]"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), intermediate_size=32, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -184,7 +185,9 @@ def test_two_processes_score_every_row_once_and_leave_one_record(study_base, stu
         *options,
     ]
     command += ["--data_dir", str(study_data), "--output_dir", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     two = RunRecord.read(tmp_path / "two" / "run.json")
     assert two.hardware["processes"] == 2

@@ -16,13 +16,14 @@ from datasets import Dataset
 from recipe_fixtures import ROWS
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from study import data as data_module
 from study import record as record_module
 from study.arguments import StudyArguments, parse
-from study.data import GLUE, GLUE_COLUMNS, load_glue, load_splits, subset
+from study.data import GLUE, GLUE_COLUMNS, by_length, load_glue, load_splits, subset
 from study.metrics import glue_metrics, word_accuracy
 from study.models import locate, new_model, public_name
 from study.record import RunRecord, checkout, without_paths
-from study.training import Evaluation, Split, TaskData, summary, training_arguments
+from study.training import Evaluation, Split, TaskData, chosen_method, summary, training_arguments
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainerControl, TrainerState
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -140,12 +141,42 @@ def test_a_folder_without_data_is_named(tmp_path):
         load_glue("rte", str(tmp_path))
 
 
+@pytest.mark.parametrize("revision", [None, "refs/convert/parquet"])
+def test_a_data_set_that_is_a_script_is_read_from_the_hubs_conversion(monkeypatch, revision):
+    asked = []
+
+    def load_dataset(name, config=None, **options):
+        asked.append((name, config, options))
+        if options["revision"] is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+        return {"train": name}
+
+    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    assert load_splits("a/b", "en_ewt", revision=revision) == {"train": "a/b"}
+    assert asked[-1] == ("a/b", None, {"data_dir": "en_ewt", "revision": "refs/convert/parquet"})
+    assert len(asked) == (2 if revision is None else 1)
+
+
+def test_another_error_of_the_hub_is_shown(monkeypatch):
+    def load_dataset(name, config=None, **options):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    with pytest.raises(RuntimeError, match="out of order"):
+        load_splits("a/b")
+
+
 def test_subsets_are_nested_and_drawn_by_seed():
     rows = Dataset.from_dict({"n": list(range(50))})
     small, large = subset(rows, 5, seed=1)["n"], subset(rows, 20, seed=1)["n"]
     assert list(large)[:5] == list(small)
     assert list(subset(rows, 5, seed=2)["n"]) != list(small)
     assert list(subset(rows, None)["n"]) == list(subset(rows, 50)["n"]) == list(range(50))
+
+
+def test_rows_by_length_are_the_same_rows():
+    rows = Dataset.from_dict({"input_ids": [[1], [1, 2, 3], [1, 2]], "labels": [0, 1, 2]})
+    assert by_length(rows)["labels"][:] == [1, 2, 0]
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -372,6 +403,19 @@ def test_the_batch_is_split_over_the_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit, match="cannot be split over 3 processes"):
         training_arguments(args)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("bitfitt", [], "--method bitfitt: There is no method 'bitfitt'. Choose from full, bitfit"),
+        ("lora", ["depth=3"], "--method lora: .*unexpected keyword argument 'depth'"),
+        ("lora", ["rank"], "--method lora: --method_options rank: not of the form name=value"),
+    ],
+)
+def test_a_wrong_method_is_one_line(method, options, message):
+    with pytest.raises(SystemExit, match=message):
+        chosen_method(Arguments(method=method, method_options=options))
 
 
 class CountingTrainer:

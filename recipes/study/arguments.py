@@ -59,7 +59,7 @@ class StudyArguments:
         for entry in self.method_options:
             name, equals, value = entry.partition("=")
             if not equals or not name.isidentifier():
-                raise ValueError(f"--method_options {entry}: not of the form name=value, for example rank=16.")
+                raise ValueError(f"--method_options {entry}: not of the form name=value, for example r=16.")
             try:
                 options[name] = json.loads(value)
             except json.JSONDecodeError:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from datasets import Dataset, load_dataset
 
 GLUE_NAME = "nyu-mll/glue"
+EXPORT = "refs/convert/parquet"  # where the Hub keeps its own conversion of a data set, a folder for each part
 
 
 class GlueTask(NamedTuple):
@@ -90,7 +91,8 @@ def load_splits(
         folders (`tuple[str, ...]`, *optional*): Where in `data_dir` the files may be; the first folder that holds
             `<needed>.jsonl.gz` or `<needed>.jsonl` is taken. Every such file is a split of its name; `dev` is
             `validation`.
-        revision (`str`, *optional*): Of the data set on the Hub.
+        revision (`str`, *optional*): Of the data set on the Hub. Without it, where the data set is a script, which
+            `datasets` no longer runs, the Hub's own conversion of it is taken.
         needed (`str`, *optional*, defaults to `"train"`): A split that has to be there.
 
     Returns:
@@ -100,7 +102,7 @@ def load_splits(
         `SystemExit`: No such folder.
     """
     if data_dir is None:
-        return dict(load_dataset(name, config, revision=revision))
+        return _from_hub(name, config, revision)
     tried = [Path(data_dir) / folder for folder in folders]
     for folder in tried:
         files = sorted([*folder.glob("*.jsonl.gz"), *folder.glob("*.jsonl")])
@@ -114,6 +116,16 @@ def load_splits(
     )
 
 
+def _from_hub(name: str, config: str | None, revision: str | None) -> dict[str, Dataset]:
+    if revision != EXPORT:
+        try:
+            return dict(load_dataset(name, config, revision=revision))
+        except RuntimeError as error:
+            if revision is not None or "scripts are no longer supported" not in str(error):
+                raise
+    return dict(load_dataset(name, data_dir=config, revision=EXPORT))
+
+
 def subset(rows: Dataset, size: int | None, seed: int = 0) -> Dataset:
     """
     `size` rows drawn by `seed`; all of them, in their own order, for `None` or where there are no more.
@@ -123,3 +135,9 @@ def subset(rows: Dataset, size: int | None, seed: int = 0) -> Dataset:
     if size is None or size >= len(rows):
         return rows
     return rows.shuffle(seed=seed).select(range(size))
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """Tokenized rows, the longest first: batches of them need little padding. For metrics that no order changes."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__, reverse=True))

@@ -50,6 +50,7 @@ class RunRecord:
         bytes (`int`): What the task needs on disk beside the base.
         seconds (`float`): Wall time of training, without evaluations.
         data (`dict[str, Any]`): `source`, and number of `rows` by split.
+        model_revision (`str`, *optional*): Commit of the pre-trained model, where it is from the Hub.
         versions (`dict[str, str]`): Of Python and the packages.
         commit (`str`, *optional*): Of the project, if it is a checkout.
         dirty (`bool`, *optional*): Whether code or configurations differ from that commit.
@@ -73,6 +74,7 @@ class RunRecord:
     bytes: int
     seconds: float
     data: dict[str, Any]
+    model_revision: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
     commit: str | None = None
     dirty: bool | None = None
@@ -121,7 +123,7 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("seed", "bytes"), _WHOLE),
     **dict.fromkeys(("config", "metrics", "trainable", "data", "versions", "hardware", "notes"), _MAPPING),
     "history": ("a list", (list,)),
-    "commit": ("text or null", (str, type(None))),
+    **dict.fromkeys(("commit", "model_revision"), ("text or null", (str, type(None)))),
     "dirty": ("true, false or null", (bool, type(None))),
 }
 

@@ -190,6 +190,19 @@ def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArgument
     return made
 
 
+def chosen_method(args: StudyArguments) -> Method:
+    """
+    The method that the arguments name.
+
+    Raises:
+        `SystemExit`: There is no such method, or it has no such option.
+    """
+    try:
+        return make_method(args.method, seed=args.seed, **args.options_of_method())
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"--method {args.method}: {error}") from None
+
+
 def _accelerator() -> bool:
     if hasattr(torch, "accelerator"):  # since torch 2.6
         return torch.accelerator.is_available()
@@ -220,8 +233,9 @@ def train(
     Returns:
         [`RunRecord`]: The same on every process; the files are written by the first.
     """
-    if method is None:
-        method = make_method(args.method, seed=args.seed, **args.options_of_method())
+    method = chosen_method(args) if method is None else method
+    commit, dirty = checkout()  # of the code that has been read; the files may change while it runs
+    revision = getattr(model.config, "_commit_hash", None)
     trainer_args = training_arguments(args)
     model = method.prepare(model)
     evaluation = Evaluation(data, args.eval_every)
@@ -253,7 +267,6 @@ def train(
         size = method.save(model, folder)
         data.tokenizer.save_pretrained(folder)
     best = evaluation.best()
-    commit, dirty = checkout()
     name = public_name(args.model_name_or_path)
     record = RunRecord(
         recipe=recipe,
@@ -274,6 +287,7 @@ def train(
             "source": data.source,
             "rows": {"train": len(data.train), **{key: len(split.rows) for key, split in data.evaluation.items()}},
         },
+        model_revision=revision,
         commit=commit,
         dirty=dirty,
         hardware=hardware(trainer_args.world_size, trainer_args.device),
