@@ -310,6 +310,7 @@ def test_rand_moves_exactly_what_was_drawn(name: str, arch: str) -> None:
     one = run(name, arch)
     drawn = indices_in(one.folder)
     assert sum(map(len, drawn.values())) == one.count.body == run("bitfit", arch).count.body
+    assert {indices.dtype for indices in drawn.values()} == {torch.int32}
     check_moved_exactly(one, drawn)
     # In the trained model itself, as it computes: everything but the drawn scalars has the base's bits.
     for path, tensor, chosen in parametrizations(one.model, SparseValues):
@@ -347,32 +348,65 @@ def test_rand_uniform_draws_evenly() -> None:
         assert abs(counts[name] - expected) < 5 * math.sqrt(expected) + 1, name
 
 
+def draw(model: PreTrainedModel, budget: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return RandRowCol()._draw(model, budget, np.random.default_rng(seed))
+
+
 def test_rand_row_col_draws_whole_rows_or_columns() -> None:
     kinds = set()
-    for seed in range(4):
-        model = fresh("gpt2-sequence" if seed % 2 else "bert-sequence")
-        for name, at in RandRowCol()._draw(model, 592, np.random.default_rng(seed)).items():
+    # The second budget takes several rounds.
+    cases = [
+        (arch, budget, seed)
+        for arch in ("bert-sequence", "gpt2-sequence")
+        for budget in (592, 6000)
+        for seed in (0, 1)
+    ]
+    for arch, budget, seed in cases:
+        model = fresh(arch)
+        for name, at in draw(model, budget, seed).items():
             weight = model.get_parameter(name)
             mask = torch.zeros(weight.numel(), dtype=torch.bool)
             mask[at] = True
+            assert int(mask.sum()) == len(at), "drawn twice"
             if weight.dim() == 1:
                 assert mask.all()
                 continue
             mask = mask.view(weight.shape)
             rows, columns = mask.all(1), mask.all(0)
-            assert int(mask.sum()) == int(rows.sum()) * mask.shape[1] + int(columns.sum()) * mask.shape[0]
+            assert len(at) == int(rows.sum()) * mask.shape[1] + int(columns.sum()) * mask.shape[0]
             assert bool(rows.any()) != bool(columns.any())
-            kinds.add("rows" if rows.any() else "columns")
-    assert kinds == {"rows", "columns"}
+            kinds.add((arch, "rows" if rows.any() else "columns", int((rows if rows.any() else columns).sum()) > 1))
+    assert len(kinds) == 8
 
 
-def test_rand_row_col_matches_bitfit_on_bert_base() -> None:
+def wide_bert() -> PreTrainedModel:
+    """With four rows of the first projection of the MLP in the place of its bias, as in BERT-base."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
+
+
+def bert_base() -> PreTrainedModel:
     with torch.device("meta"):
-        model = BertForSequenceClassification(BertConfig())
-    drawn = RandRowCol()._draw(model, 102_912, np.random.default_rng(0))
-    assert sum(map(len, drawn.values())) == 102_912
-    per_bias = {bias.module: bias.num_parameters for bias in find_biases(model)}
-    assert {name.removesuffix(".weight"): len(at) for name, at in drawn.items()} == per_bias
+        return BertForSequenceClassification(BertConfig())
+
+
+@pytest.mark.parametrize(
+    ("make", "count"), [(bert_base, 102_912), (wide_bert, 384), (lambda: fresh("gpt2-sequence"), 560)]
+)
+def test_rand_row_col_gives_each_bias_as_many_weights(make: Callable[[], PreTrainedModel], count: int) -> None:
+    model = make()
+    of_biases = {bias.module: 0 for bias in find_biases(model)}
+    for bias in find_biases(model):  # a fused projection has several
+        of_biases[bias.module] += bias.num_parameters
+    assert sum(of_biases.values()) == count
+    four_rows = 0
+    for seed in range(4):
+        drawn = draw(model, count, seed)
+        assert {name.removesuffix(".weight"): len(at) for name, at in drawn.items()} == of_biases
+        rows = drawn.get("bert.encoder.layer.0.intermediate.dense.weight")
+        if rows is not None:
+            four_rows += len((rows // model.config.hidden_size).unique()) == 4
+    assert four_rows in ((1, 2, 3) if model.config.model_type == "bert" else (0,))
 
 
 @pytest.mark.parametrize("budget", [7, 40, 300, 592, 1000, 3000])
@@ -479,6 +513,29 @@ def test_diff_pruning_projects_the_best_model_of_the_first_phase(tmp_path: Path)
     assert trainer.state.best_global_step == 2
     assert different(model.eval()) == round(0.03 * 17712)
     assert not any(gate.gated for _, _, gate in gates(model))
+
+
+def test_diff_pruning_groups_its_parameters(tmp_path: Path) -> None:
+    method = make_method("diff_pruning", gated_share=0.5, gate_learning_rate=0.2)
+    model = method.prepare(fresh())
+    rates: dict[str, set[float]] = {"differences": set(), "gates": set(), "head": set()}
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            for name, group in zip(("differences", "gates", "head", "head"), optimizer.param_groups, strict=True):
+                rates[name].add(group["lr"])
+
+    trainer = trainer_for(method, model, "bert-sequence", tmp_path, Rates(), max_steps=6, lr_scheduler_type="constant")
+    trainer.train()
+    assert rates == {"differences": {1e-2}, "gates": {0.2}, "head": {1e-2}}
+    groups = trainer.optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.0, 0.1, 0.0]
+    assert sum(p.numel() for group in groups for p in group["params"]) == 2 * 17712 + 99
+    # Three steps with gates, three with the mask: the moments of the first are forgotten.
+    state = trainer.optimizer.state
+    for _, _, gate in gates(model):
+        assert gate.alpha not in state
+        assert state[gate.difference]["step"] == 3
 
 
 def test_gates_have_the_gradients_of_the_formula() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bitfit_hf.terms import find_biases, head_modules
 from bitfit_hf.terms.structure import LINEAR, kind_of
@@ -34,11 +35,13 @@ class Lora(Method):
         self.r, self.alpha, self.dropout = r, alpha, dropout
 
     def _prepare(self, model: PreTrainedModel) -> PeftModel:
+        targets = query_and_value(model)
         config = LoraConfig(
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=query_and_value(model),
+            target_modules=targets,
+            fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
             modules_to_save=head_modules(model) or None,
         )
         return get_peft_model(model, config)
