@@ -8,8 +8,8 @@ each question by its id, and `nbest_predictions.json` the runners-up with their 
     accelerate launch recipes/squad.py --config recipes/configs/squad_paper_bert_base.yaml --train_size 4000
     accelerate launch recipes/squad.py --config recipes/configs/squad_minilm_cpu.yaml --data_dir path/to/data
     accelerate launch recipes/squad.py --method full --learning_rate 3e-5 --epochs 2
-    accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml recipes/squad.py --use_cpu \\
-        --config recipes/configs/squad_minilm_cpu.yaml
+    accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml \\
+        recipes/squad.py --use_cpu --config recipes/configs/squad_minilm_cpu.yaml --data_dir path/to/data
 
 `--train_size` draws questions by `--seed`, and smaller draws are part of larger ones. A small subset would be trained
 for few steps only, and its figure would speak of that: `--min_steps` is the least number of steps for every size.
@@ -37,7 +37,7 @@ from study.data import load_splits, subset
 from study.models import locate, new_model
 from study.record import RunRecord
 from study.spans import check_windows, find_answers, make_windows
-from study.training import Split, TaskData, report, train
+from study.training import Split, TaskData, chosen_method, report, train
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -166,6 +166,7 @@ def with_min_steps(args: SquadArguments, windows: int) -> SquadArguments:
 
 def run(args: SquadArguments) -> RunRecord:
     """One run; see [`study.training.train`] for the files that it leaves."""
+    method = chosen_method(args)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model_name_or_path))
     tokenizer.padding_side = "right"  # where the logits of a window begin
     try:
@@ -200,7 +201,7 @@ def run(args: SquadArguments) -> RunRecord:
         return {"predictions": files, "steps": trainer.state.global_step}
 
     model = new_model(AutoModelForQuestionAnswering, args.model_name_or_path, args.seed)
-    return train(None, model, data, args, recipe="squad", after=write_answers)
+    return train(method, model, data, args, recipe="squad", after=write_answers)
 
 
 def main(argv: list[str] | None = None) -> RunRecord:
