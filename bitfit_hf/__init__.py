@@ -16,6 +16,7 @@ from .delta import BiasDelta, load_delta
 from .errors import *  # noqa: F403
 from .fingerprint import base_mismatch
 from .hub import push_to_hub
+from .lean import recompute_activations
 from .optim import optimizer_groups
 from .tuner import BitFitLayer, BitFitModel
 from .tuner.registration import register
@@ -34,6 +35,7 @@ __all__ = [
     "optimizer_groups",
     "plot_bias_change",
     "push_to_hub",
+    "recompute_activations",
 ]
 
 register()

@@ -17,6 +17,7 @@ from .checkpoint import accept_checkpoints, is_ours, write_checkpoint
 from .config import BitFitConfig
 from .errors import TrainerSetupError
 from .guards import adapter_configs, check_arguments, refuse_other_methods, sharding_engine
+from .lean import recompute_activations
 from .optim import base_rates, check_optimizer, head_rate, set_head_rate, trainable_deltas, trainable_head
 from .recompute import let_gradients_through
 from .run import TrainingRun, evaluation_metrics, training_run
@@ -55,6 +56,9 @@ class BitFitCallback(TrainerCallback):
             Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter. Several tasks can be trained on one base, one after the other, under several names.
+        recompute_activations (`bool`, *optional*, defaults to `False`):
+            Trains with less memory and about a tenth slower, with the same result: see
+            [`~bitfit_hf.recompute_activations`]. In force while `train()` runs.
 
     Raises:
         [`TrainerSetupError`]: The Trainer would train something else; the message says how to set it up.
@@ -84,6 +88,7 @@ class BitFitCallback(TrainerCallback):
         *,
         head_learning_rate: float | None = None,
         adapter_name: str = "default",
+        recompute_activations: bool = False,
     ) -> None:
         if config is not None and not isinstance(config, BitFitConfig):
             raise TrainerSetupError(f"`config` must be a BitFitConfig, got {type(config).__name__}.")
@@ -96,6 +101,7 @@ class BitFitCallback(TrainerCallback):
         self.config = config
         self.head_learning_rate = None if head_learning_rate is None else float(head_learning_rate)
         self.adapter_name = adapter_name
+        self.recompute_activations = recompute_activations
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._arguments: weakref.WeakValueDictionary[int, TrainingArguments] = weakref.WeakValueDictionary()
         self._first_step = False
@@ -211,6 +217,8 @@ class BitFitCallback(TrainerCallback):
         self._first_step = True
         self._remove_hooks()  # of a run that was broken off
         self._hooks = let_gradients_through(model)
+        if self.recompute_activations:
+            recompute_activations(model)
         self._describe(model, state)
         run = training_run(args, self.head_learning_rate, train_dataloader)
         adapter_configs(model)[self.adapter_name].run = run
@@ -352,6 +360,8 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         """Keeps the figures of the run for the model card."""
         self._remove_hooks()
+        if model is not None and self.recompute_activations:
+            recompute_activations(model, enabled=False)
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is None:
             return

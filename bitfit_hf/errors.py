@@ -25,6 +25,7 @@ __all__ = [
     "NoMatchError",
     "OptimizerError",
     "PushError",
+    "RecomputationError",
     "RegistrationError",
     "StockExportError",
     "TaskBankError",
@@ -113,6 +114,10 @@ class StockExportError(BitFitError, ValueError):
 
 class TaskBankError(BitFitError, ValueError):
     """A request to a [`TaskBank`] cannot be answered; the bank is as it was."""
+
+
+class RecomputationError(BitFitError, RuntimeError):
+    """What the backward pass computes again would no longer be what the forward pass computed."""
 
 
 class MissingDependencyError(BitFitError, ImportError):
