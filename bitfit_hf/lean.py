@@ -3,14 +3,15 @@
 With frozen weights a Linear keeps no input for the backward pass. What is kept then is, above all, the input of the
 MLP's activation, the widest tensor of a layer: 144 of 364 MiB for BERT-base, batch 8 x 128, without dropout. It can be
 had again, to the last bit, for the price of one matrix product: the MLP's first projection of the preceding norm's
-output, and that of the norm's input, which is kept in any case. `torch.utils.checkpoint` keeps the books (dropout, autocast,
-devices); this module finds the regions of a model that are worth it, and lets the checkpoint start from the norm's
-input, though the norm is another module's business.
+output, and that of the norm's input, which is kept in any case. `torch.utils.checkpoint` keeps the books (dropout,
+autocast, devices); this module finds the regions of a model that are worth it, and lets the checkpoint start from the
+norm's input, though the norm is another module's business.
 
 A region begins with the MLP's first projection and ends before its last one, which is never run again:
 
 * Where a module holds nothing but the MLP, or its first half (`BertIntermediate`, `GPT2MLP`, `LlamaMLP`), that
-  module's forward runs under the checkpoint. The product in a gated MLP, which keeps two more wide tensors, lies inside.
+  module's forward runs under the checkpoint. The product in a gated MLP, which keeps two more wide tensors, lies
+  inside.
 * Where a layer owns the projections itself (BART, OPT, ALBERT), the activation function alone is the region.
 """
 
