@@ -16,6 +16,9 @@ from .batch import Batch, current
 from .sites import Site
 
 
+_SMALL_OUTPUT = 1 << 20  # values; below it copying row by row is faster, above it what all threads share
+
+
 class BankedLayer:
     """Takes over the forward of one layer.
 
@@ -112,7 +115,11 @@ class BankedLayer:
         biases = site.effective_rows(batch.rows(site.number, x.device), stored, x.dtype)
         tokens = x.shape[:-1].numel()
         self._fold(batch, x.shape[0])
-        start = biases.index_select(0, batch.folded(tokens // batch.size, x.device))
+        each = tokens // batch.size
+        if tokens * site.size <= _SMALL_OUTPUT:
+            start = biases.index_select(0, batch.folded(each, x.device))
+        else:
+            start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
         return start.addmm_(x.reshape(tokens, -1), matrix).view(*x.shape[:-1], site.size)
 
     def _add_rows(self, batch: Batch, result: torch.Tensor) -> torch.Tensor:
