@@ -1,8 +1,8 @@
 """Is a run what `accelerate launch` was asked for? Which engine, on how many processes.
 
-The answer cannot be taken for granted: with `use_cpu: true` an FSDP config becomes plain DDP, `--cpu --num_processes 2`
-and `distributed_type: MULTI_CPU` start one process, and a DDP config on a machine without a GPU starts two that know
-nothing of each other and overwrite each other's files. Nothing of this is an error, and each would put the name of one
+The answer cannot be taken for granted. With `use_cpu: true` an FSDP config becomes plain DDP; `--cpu
+--num_processes 2` and `distributed_type: MULTI_CPU` start one process; a DDP config on a machine without a GPU can start two that know
+nothing of each other and overwrite each other's files. None of this is an error, and each would put the name of one
 engine over the figures of another. So a recipe calls [`check_engine`] once its Trainer is made.
 
 What was asked for is read from what the launcher leaves in the environment of each process. The variable
@@ -161,7 +161,9 @@ def check_engine(trainer: Trainer, environment: Mapping[str, str] | None = None)
 
 
 def _remedy(found: Engine, environment: Mapping[str, str]) -> str:
-    if found.device == "cpu" and any(name in environment for name in ("FSDP_VERSION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")):
+    if found.device == "cpu" and any(
+        name in environment for name in ("FSDP_VERSION", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    ):
         return "accelerate shards a model on GPUs only; on the CPU take recipes/accelerate/cpu_2_processes.yaml."
     return (
         "Several processes on the CPU come with recipes/accelerate/cpu_2_processes.yaml, and ACCELERATE_USE_CPU=1 in "
