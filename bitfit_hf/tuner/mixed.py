@@ -34,10 +34,15 @@ class MixedBatch:
         model (`nn.Module`): The stock model, with adapters injected.
         parts (`Sequence[BitFitLayer | BitFitHead]`): What in it has adapters.
         adapter_names (`Sequence[str]`): One per example: names that the model has, or `BASE`.
+        sequences (`int`, *optional*, defaults to 1): How many sequences `generate` keeps for each example, see
+            [`sequences_per_example`]. The encoder of an encoder-decoder model still sees each example once.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[Any], adapter_names: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, parts: Sequence[Any], adapter_names: Sequence[str], sequences: int = 1
+    ) -> None:
         self.adapter_names = list(adapter_names)
+        self._repeated = [name for name in adapter_names for _ in range(sequences)]
         self._model = model
         self._parts = parts
         self._handles: list[Any] = []
@@ -66,11 +71,9 @@ class MixedBatch:
         if any(part._mixed is None for part in self._parts):
             return  # one example is being run alone
         batch = batch_size(args, kwargs)
-        if batch is not None and batch != len(self.adapter_names):
-            raise AdapterNameError(
-                f"`adapter_names` has {len(self.adapter_names)} names for a batch of {batch} examples; give one for "
-                "each."
-            )
+        if batch == len(self._repeated):
+            self.adapter_names = self._repeated
+        check_number(self.adapter_names, batch)
         self._rows_alone = None
         if batch is not None and not self._checked:  # once is enough for all steps of a generation
             self._checked = True
@@ -101,6 +104,20 @@ class MixedBatch:
                 "example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
             )
         return alone
+
+
+def check_number(adapter_names: Sequence[str], batch: int | None) -> None:
+    """Raises [`AdapterNameError`] if there is not one name for each example; a batch of `None` has no known size."""
+    if batch is not None and batch != len(adapter_names):
+        raise AdapterNameError(
+            f"`adapter_names` has {len(adapter_names)} names for a batch of {batch} examples; give one for each."
+        )
+
+
+def sequences_per_example(kwargs: Mapping[str, Any]) -> int:
+    """How many rows of a batch belong to one example, by the arguments of `generate`: beams, or samples."""
+    config = kwargs.get("generation_config")
+    return max(kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
 
 
 def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str]) -> None:

@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
 from ..files import KEY_PREFIX
 from ..quantised import keep_trainable
+from ..sharding import gathered
 from ..terms import Bias
 from ..terms.structure import stock_module
 from .head import BitFitHead
 from .layer import PREFIX, BitFitLayer
 from .loading import loading_in_progress
 from .merging import prepare_merge
-from .mixed import MixedBatch, check_adapter_names
+from .mixed import MixedBatch, check_adapter_names, check_number, sequences_per_example
 from .plan import Plan, make_plan
 from .quantised_layer import BitsAndBytesLayer, is_bitsandbytes
 from .state import (
@@ -215,12 +216,14 @@ class BitFitModel(BaseTuner):
             yield
             return
         check_adapter_names(adapter_names, list(self.peft_config))
+        given = kwargs.get("input_ids")  # to `generate`, whose first forward may be that of an encoder alone
+        check_number(adapter_names, None if given is None else len(given))
         if self.training:
             raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
         if any(layer.merged for _, layer in tuned_layers(self.model)):
             raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
         parts = [module for module in self.modules() if isinstance(module, (BitFitLayer, BitFitHead))]
-        with MixedBatch(self.model, parts, adapter_names):
+        with MixedBatch(self.model, parts, adapter_names, sequences_per_example(kwargs)):
             yield
 
     # --- combining ---
@@ -331,7 +334,7 @@ class BitFitModel(BaseTuner):
         for key, tensor in state_dict.items():
             name = cls._remove_adapter_name_from_key(key, adapter_name)
             if key != name and name.removeprefix(KEY_PREFIX) in wanted:
-                deltas[key] = tensor.to(torch.float32)
+                deltas[key] = gathered(tensor).to(torch.float32)
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in deltas.items()}
         for path, leaf in head_leaves(model):
             live = next(key for key in (f"{KEY_PREFIX}{path}", path) if _has(state_dict, key))
