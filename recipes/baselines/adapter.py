@@ -85,7 +85,7 @@ class Adapter(Method):
 
 
 # A function of the module rather than a closure over its bottleneck: copies of the model run through their own.
-def _through_bottleneck(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+def _through_bottleneck(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
     return module.bottleneck(output)
 
 

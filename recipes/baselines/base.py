@@ -104,11 +104,11 @@ class Method(ABC):
         """Callbacks that the Trainer has to be made with."""
         return []
 
-    def trainer_kwargs(self, model: nn.Module, args: TrainingArguments) -> dict[str, Any]:
+    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> dict[str, Any]:
         """More keyword arguments that the Trainer has to be made with.
 
         Args:
-            model (`torch.nn.Module`): As [`prepare`] returned it.
+            model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): As [`prepare`] returned it.
             args ([`~transformers.TrainingArguments`]): The Trainer's.
         """
         return {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -52,6 +53,9 @@ class GatedDifference(nn.Module):
         alpha (`float`): Where the gates' α start.
     """
 
+    mask: torch.Tensor
+    projected: torch.Tensor
+
     def __init__(self, tensor: torch.Tensor, alpha: float) -> None:
         super().__init__()
         zeros = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
@@ -66,10 +70,11 @@ class GatedDifference(nn.Module):
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.gated and self.training:
             return _SampledGates.apply(tensor, self.difference, self.alpha)
-        difference = self.difference * self.mask
         if self.gated:
             difference = self.expected()
-            difference = difference * (difference.abs() >= self.threshold)
+            difference.mul_(difference.abs() >= self.threshold)
+        else:
+            difference = self.difference * self.mask
         return (tensor.float() + difference).to(tensor.dtype)
 
     @torch.no_grad()
@@ -156,7 +161,7 @@ class DiffPruning(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [DiffPruningCallback(self.sparsity, self.penalty, self.gated_share)]
 
-    def trainer_kwargs(self, model: nn.Module, args: TrainingArguments) -> dict[str, Any]:
+    def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> dict[str, Any]:
         """Groups for the optimizer that `args.optim` names: the gates have a rate of their own, the head its decay."""
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
         alphas = [gate.alpha for _, _, gate in gates(model)]
@@ -267,7 +272,7 @@ class DiffPruningCallback(TrainerCallback):
 
 def gates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, GatedDifference]]:
     """Yields `(stock name, frozen tensor, its gated difference)`."""
-    yield from parametrizations(model, GatedDifference)  # type: ignore[misc]
+    yield from parametrizations(model, GatedDifference)
 
 
 def number_kept(model: nn.Module, sparsity: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from .base import Folder, copy_tensors, head_tensors, save_tensors
 
 _FILE = "sparse.safetensors"
 _INDICES, _VALUES, _HEAD = "indices.", "values.", "head."
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class SparseValues(nn.Module):
@@ -28,6 +31,8 @@ class SparseValues(nn.Module):
         tensor (`torch.Tensor`): The pre-trained one.
         indices (`torch.Tensor`): Where, in the flattened tensor; integers without repetition.
     """
+
+    indices: torch.Tensor
 
     def __init__(self, tensor: torch.Tensor, indices: torch.Tensor) -> None:
         super().__init__()
@@ -57,7 +62,7 @@ def parametrize_(model: nn.Module, parametrizations: Mapping[str, nn.Module]) ->
             parametrize.register_parametrization(module, attribute, parametrization, unsafe=True)
 
 
-def parametrizations(model: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+def parametrizations(model: nn.Module, kind: type[_Kind]) -> Iterator[tuple[str, nn.Parameter, _Kind]]:
     """Yields `(stock name, frozen tensor, parametrization)` for the parametrizations of a `kind`, a tied one once."""
     seen: set[int] = set()
     for path, module in model.named_modules():
