@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# More options for the recipe: make quickstart ARGS="--task rte --data_dir path/to/rte"
+# More options for a recipe: make quickstart ARGS="--task rte --data_dir path/to/rte"
 ARGS ?=
 
-.PHONY: help quickstart test test-slow quality style clean
+.PHONY: help quickstart bench test test-slow quality style clean
 
 help:
 	@echo "make quickstart   train two generated tasks on a real MiniLM, offline (ARGS=... are passed to recipes/quickstart.py)"
+	@echo "make bench        what a training step costs against other methods (ARGS=... are passed to recipes/benchmark.py)"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-slow    the slow ones"
 	@echo "make quality      ruff check, ruff format --check, mypy"
@@ -29,6 +30,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 
 quickstart: $(VENV)/.demo
 	$(BIN)/python recipes/quickstart.py $(ARGS)
+
+bench: $(VENV)/.demo
+	$(BIN)/python recipes/benchmark.py $(ARGS)
 
 # One thread per test process: the tests' models are small, and two processes share the cores better than their threads do.
 test: $(VENV)/.dev

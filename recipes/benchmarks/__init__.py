@@ -1,0 +1,1 @@
+"""The parts of `recipes/benchmark.py`, and the benchmark of serving."""
