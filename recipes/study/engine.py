@@ -1,9 +1,9 @@
 """Is a run what `accelerate launch` was asked for? Which engine, on how many processes.
 
-The answer cannot be taken for granted. With `use_cpu: true` an FSDP config becomes plain DDP; `--cpu
---num_processes 2` and `distributed_type: MULTI_CPU` start one process; a DDP config on a machine without a GPU can start two that know
-nothing of each other and overwrite each other's files. None of this is an error, and each would put the name of one
-engine over the figures of another. So a recipe calls [`check_engine`] once its Trainer is made.
+The answer cannot be taken for granted. With `use_cpu: true` an FSDP config becomes plain DDP; `--cpu` with
+`--num_processes 2`, and `distributed_type: MULTI_CPU`, start one process; a DDP config on a machine without a GPU can
+start two that know nothing of each other and overwrite each other's files. None of this is an error, and each would
+put the name of one engine over the figures of another. So a recipe calls [`check_engine`] once its Trainer is made.
 
 What was asked for is read from what the launcher leaves in the environment of each process. The variable
 `BITFIT_ENGINE` says it in so many words; it names a file of recipes/accelerate/, with or without `.yaml`:
@@ -29,6 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "accelerate"
 VARIABLE = "BITFIT_ENGINE"
 
 SINGLE, DDP = "one process", "DDP"
+GPU = "GPU"  # of whatever kind
 
 
 class EngineError(RuntimeError):
@@ -43,7 +44,8 @@ class Engine:
     Args:
         name (`str`): `"one process"`, `"DDP"`, `"FSDP1"`, `"FSDP2"`, `"DeepSpeed ZeRO-2"`, `"DeepSpeed ZeRO-3"`, ….
         processes (`int`): How many take part.
-        device (`str`, *optional*): Kind of device, such as `"cpu"` or `"cuda"`; `None` where nothing was said of it.
+        device (`str`, *optional*): Kind of device: `"cpu"`, `"cuda"`, …; in what was asked for, [`GPU`] of
+            any kind, or `None` where nothing was said.
     """
 
     name: str
@@ -102,7 +104,7 @@ def asked_of_config(name: str, processes: int | None = None) -> Engine:
         engine = f"DeepSpeed ZeRO-{values.get('deepspeed_config', {}).get('zero_stage', 2)}"
     else:
         engine = DDP if (wanted if processes is None else processes) > 1 else SINGLE
-    return Engine(engine, wanted if processes is None else processes, "cpu" if values.get("use_cpu") else None)
+    return Engine(engine, wanted if processes is None else processes, "cpu" if values.get("use_cpu") else GPU)
 
 
 def running(trainer: Trainer) -> Engine:
@@ -151,8 +153,8 @@ def check_engine(trainer: Trainer, environment: Mapping[str, str] | None = None)
         problems.append("`accelerate launch` was asked for several processes and started one")
     if environment.get(VARIABLE):
         asked = asked_of_config(environment[VARIABLE], processes=launched.processes if launched is not None else None)
-        device = asked.device or found.device
-        if (asked.name, asked.processes, device) != (found.name, found.processes, found.device):
+        device = "cpu" if found.device == "cpu" else GPU
+        if asked != Engine(found.name, found.processes, device):
             problems.append(f"{VARIABLE}={environment[VARIABLE]} asks for {asked}")
     if problems:
         raise EngineError(f"This run is {found}, but {', and '.join(problems)}. {_remedy(found, environment)}")
