@@ -12,7 +12,8 @@ each question by its id, and `nbest_predictions.json` the runners-up with their 
         recipes/squad.py --use_cpu --config recipes/configs/squad_minilm_cpu.yaml --data_dir path/to/data
 
 `--train_size` draws questions by `--seed`, and smaller draws are part of larger ones. A small subset would be trained
-for few steps only, and its figure would speak of that: `--min_steps` is the least number of steps for every size.
+for few steps only, and its figure would speak of that: `--min_steps` is the least number of steps for every size
+(evaluated as many epochs apart as `--eval_every` says).
 Data is `rajpurkar/squad` from the Hub, or local files `<data_dir>/squad/{train,validation}.jsonl.gz` in the same
 columns. `--extra_train_file` adds the questions of another such file, without the articles that the validation split
 is about. The best epoch is chosen on the rows that the figures are about, as in the paper.
@@ -72,6 +73,8 @@ def load_questions(args: SquadArguments) -> tuple[Dataset, Dataset]:
     splits = load_splits(SQUAD_NAME, data_dir=args.data_dir, folders=("squad", ""))
     train_rows, evaluation = (splits[name].select_columns(COLUMNS) for name in ("train", "validation"))
     if args.extra_train_file is not None:
+        if not Path(args.extra_train_file).is_file():
+            raise SystemExit(f"--extra_train_file {args.extra_train_file}: there is no such file.")
         extra = Dataset.from_json(args.extra_train_file).select_columns(COLUMNS).cast(train_rows.features)
         held_out = set(evaluation["title"])
         extra = extra.filter(lambda title: title not in held_out, input_columns="title", keep_in_memory=True)
@@ -149,8 +152,7 @@ def with_min_steps(args: SquadArguments, windows: int) -> SquadArguments:
     """
     The arguments of a run that is trained for at least `min_steps` steps.
 
-    More steps mean more epochs, and evaluations are as much further apart, so that a subset is evaluated about as
-    often as it would be without the floor.
+    More steps mean more epochs, and an evaluation after each of them unless `eval_every` says otherwise.
 
     Args:
         args ([`SquadArguments`]): As asked for.
@@ -158,10 +160,7 @@ def with_min_steps(args: SquadArguments, windows: int) -> SquadArguments:
     """
     per_epoch = math.ceil(windows / args.batch_size)
     steps = args.max_steps or math.ceil(args.epochs * per_epoch)
-    if steps >= args.min_steps:
-        return args
-    further = round(args.min_steps / steps)
-    return replace(args, max_steps=args.min_steps, eval_every=args.eval_every * further)
+    return args if steps >= args.min_steps else replace(args, max_steps=args.min_steps)
 
 
 def run(args: SquadArguments) -> RunRecord:

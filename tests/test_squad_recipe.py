@@ -148,30 +148,31 @@ def test_extra_questions_about_articles_of_the_validation_split_are_left_out(tin
 
 
 @pytest.mark.parametrize(
-    ("options", "max_steps", "eval_every"),
+    ("options", "max_steps"),
     [
-        ({"epochs": 3.0, "min_steps": 0}, None, 1),
-        ({"epochs": 3.0, "min_steps": 30}, None, 1),  # 10 steps an epoch: already enough
-        ({"epochs": 3.0, "min_steps": 31}, 31, 1),
-        ({"epochs": 3.0, "min_steps": 300}, 300, 10),
-        ({"epochs": 0.5, "eval_every": 2, "min_steps": 20}, 20, 8),
-        ({"max_steps": 7, "min_steps": 20}, 20, 3),
-        ({"max_steps": 20, "min_steps": 7}, 20, 1),
+        ({"epochs": 3.0, "min_steps": 0}, None),
+        ({"epochs": 3.0, "min_steps": 30}, None),  # 10 steps an epoch: already enough
+        ({"epochs": 3.0, "min_steps": 31}, 31),
+        ({"epochs": 0.5, "min_steps": 20}, 20),
+        ({"max_steps": 7, "min_steps": 20}, 20),
+        ({"max_steps": 20, "min_steps": 7}, 20),
     ],
 )
-def test_a_floor_of_steps(options, max_steps, eval_every):
-    args = squad.with_min_steps(squad.SquadArguments(batch_size=4, **options), windows=39)
-    assert (args.max_steps, args.eval_every) == (max_steps, eval_every)
+def test_a_floor_of_steps(options, max_steps):
+    asked = squad.SquadArguments(batch_size=4, eval_every=5, **options)
+    args = squad.with_min_steps(asked, windows=39)
+    assert args.max_steps == max_steps
+    assert squad.replace(args, max_steps=asked.max_steps) == asked
 
 
 def test_a_small_subset_is_trained_for_the_floor_of_steps(tiny_base, data_dir, tmp_path):
-    more = ["--train_size", "2", "--epochs", "2", "--min_steps", "12", "--batch_size", "4"]
+    more = ["--train_size", "2", "--epochs", "2", "--min_steps", "12", "--batch_size", "4", "--eval_every", "2"]
     record = squad.main(arguments(tiny_base, data_dir, tmp_path, *more))
     per_epoch = -(-record.data["rows"]["train"] // 4)
     assert 2 * per_epoch < 12
     assert record.notes["steps"] == record.history[-1]["step"] == 12
     assert record.config["min_steps"] == 12
-    assert len(record.history) <= 3
+    assert [entry["step"] for entry in record.history] == [*range(2 * per_epoch, 12, 2 * per_epoch), 12]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,9 @@ def test_a_small_subset_is_trained_for_the_floor_of_steps(tiny_base, data_dir, t
     [
         (["--doc_stride", "40"], "doc_stride=40 must be smaller"),
         (["--max_length", "600"], "max_length=600 is more than the 512 tokens"),
-        (["--data_dir", "nowhere"], "no train.jsonl.gz or train.jsonl in"),
+        (["--data_dir", "nowhere"], r"no train\.jsonl\.gz or train\.jsonl in"),
+        (["--extra_train_file", "gone.jsonl"], r"--extra_train_file gone\.jsonl: there is no such file"),
+        (["--method", "prompt"], "There is no method 'prompt'"),
     ],
 )
 def test_mistakes_are_one_message(tiny_base, data_dir, tmp_path, more, message):
