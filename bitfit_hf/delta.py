@@ -29,6 +29,7 @@ from .files import KEY_PREFIX, check_values, digest, read_pair, write_pair
 from .fingerprint import OnMismatch, check_base, fingerprint
 from .layout import decode_layout, encode_layout
 from .pinning import base_commit
+from .sharding import gathered, put_back
 from .terms import Bias, find_biases, head_modules
 from .terms.structure import stock_root, walk
 from .tuner.head import Labels
@@ -166,6 +167,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     def from_model(cls, tuned: nn.Module, adapter_name: str = "default") -> BiasDelta:
         """Takes the delta out of a model with BitFit adapters, stock or wrapped; the model keeps it.
 
+        Where the model is sharded (FSDP2, ZeRO-3) the delta is gathered: call this in every process, and save in one.
+
         Args:
             tuned (`nn.Module`): The model.
             adapter_name (`str`, *optional*, defaults to `"default"`): Which adapter.
@@ -181,11 +184,12 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 f"{type(tuned).__name__} has no BitFit adapter {adapter_name!r} (it has {known}). For two plain "
                 "checkpoints use `BiasDelta.from_models(base, tuned)`."
             )
+        put_back(tuned)
         deltas = {}
         for key, parameter in delta_parameters(tuned, adapter_name).items():
             module, _, last = key.rpartition(".")
-            deltas[f"{module}.{last.removeprefix(PREFIX)}"] = _copy(parameter)
-        head = {name: _copy(tensor) for name, tensor in head_tensors(tuned, adapter_name).items()}
+            deltas[f"{module}.{last.removeprefix(PREFIX)}"] = _copy(gathered(parameter))
+        head = {name: _copy(gathered(tensor)) for name, tensor in head_tensors(tuned, adapter_name).items()}
         return cls(deltas, config=copy.deepcopy(config), head=head, where=f"adapter {adapter_name!r}")
 
     @classmethod

@@ -26,6 +26,7 @@ from torch import nn
 
 from .errors import BaseModelMismatchError, ConfigError, DeltaFormatError, collect
 from .quantised import dequantised
+from .sharding import gathered
 from .terms import Bias
 from .terms.structure import stock_root, walk
 
@@ -190,7 +191,7 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
     if owner is not None and name in owner[0].bias_parameters:
         tensor = owner[0].base_bias(name)  # adapters may be merged into the parameter
     if tensor is None or not tensor.is_meta:
-        return tensor
+        return None if tensor is None else gathered(tensor)
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's offloading
     return tensor if offloaded is None or name not in offloaded else offloaded[name]
 

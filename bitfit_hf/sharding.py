@@ -8,6 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
+
+def put_back(model: nn.Module) -> None:
+    """Has FSDP2 take back the whole parameters that it still lends to a model, as its root does after an evaluation.
+
+    They are copies, in a lower precision where FSDP's mixed precision is on; what is written into them is lost.
+
+    Args:
+        model (`nn.Module`): Sharded or not.
+    """
+    for module in model.modules():
+        if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
+            module.reshard()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -20,16 +34,39 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     if hasattr(sharded, "full_tensor"):  # a DTensor, or a parameter made of one
         return sharded.detach().full_tensor()
     if is_partitioned(tensor):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([sharded]):
             return tensor.detach().clone()
     return tensor
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is in slices just now. While its layer computes, FSDP2 and ZeRO-3 lend it the whole one."""
+    return hasattr(tensor, "full_tensor") or is_partitioned(tensor)
+
+
 def is_partitioned(tensor: torch.Tensor) -> bool:
     """Whether ZeRO-3 has left an empty parameter behind, whose values are in slices elsewhere."""
     return tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0
+
+
+def lent(parameter: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """A parameter that `layer` computes with, though it belongs to another module.
+
+    ZeRO-3 fetches what a module owns when the module runs. It has to be told of anything else: then it fetches that
+    too from now on, in backward as well, and leaves it in slices again afterwards.
+
+    Args:
+        parameter (`torch.Tensor`): Perhaps partitioned.
+        layer (`nn.Module`): Is running just now.
+    """
+    if is_partitioned(parameter):
+        from deepspeed.runtime.zero import register_external_parameter
+
+        register_external_parameter(layer, parameter)
+        parameter.all_gather()  # type: ignore[attr-defined]
+    return parameter
 
 
 @torch.no_grad()
@@ -47,7 +84,7 @@ def write_whole(target: torch.Tensor, value: torch.Tensor) -> None:
         value = value.to(device=sharded.device, dtype=sharded.dtype)
         target.copy_(distribute_tensor(value, sharded.device_mesh, sharded.placements))
     elif is_partitioned(target):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([sharded], modifier_rank=0):
             target.copy_(value)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
+from ..sharding import gathered
 from .mixed import BASE, MixedBatch
 from .precision import Float32ModuleDict
 
@@ -89,6 +90,14 @@ class BitFitHead(ModulesToSaveWrapper):
         """Whether there is an adapter left."""
         return len(self.modules_to_save) > 0
 
+    def adapter_state_dict(  # type: ignore[override]
+        self, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """PEFT's hook for saving: the adapter's part of `state_dict`, whole also where the model is sharded."""
+        return {
+            name: gathered(tensor) for name, tensor in super().adapter_state_dict(adapter_name, state_dict).items()
+        }
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Empty: [`load_tensors`] writes the head. PEFT's own loop ends in a bare `KeyError` for a missing tensor."""
         return {}
@@ -150,7 +159,8 @@ class BitFitHead(ModulesToSaveWrapper):
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.active_adapters:
             return self._forward_wrapped_passthrough(*args, **kwargs)
-        return self.modules_to_save[self.active_adapters[0]](*map(_float32, args), **kwargs)
+        module = self.modules_to_save[self.active_adapters[0]]
+        return module(*(_in_dtype_of(module, value) for value in args), **kwargs)
 
     def _check_forward_args(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the batch was checked as a whole, and choices are folded into it by the time they get here."""
@@ -166,7 +176,8 @@ class BitFitHead(ModulesToSaveWrapper):
             if name == BASE or name not in self.modules_to_save:
                 part = self.original_module(input[where], *args, **kwargs).to(torch.float32)
             else:
-                part = self.modules_to_save[name](_float32(input[where]), *args, **kwargs)
+                module = self.modules_to_save[name]
+                part = module(_in_dtype_of(module, input[where]), *args, **kwargs)
             for i, row in zip(where, part, strict=True):
                 outputs[i] = row
         widths = {tuple(row.shape) for row in outputs if row is not None}
@@ -234,7 +245,8 @@ def output_size(module: nn.Module) -> int | None:
     return None
 
 
-def _float32(value: Any) -> Any:
+def _in_dtype_of(module: nn.Module, value: Any) -> Any:
+    # float32, unless FSDP's mixed precision has put a lower one into the module's place for as long as it computes.
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(torch.float32)
+        return value.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
     return value

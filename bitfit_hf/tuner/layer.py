@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..errors import MergeError, UnsupportedLayerError
+from ..sharding import is_sharded, lent
 from ..terms import Bias
 from .mixed import BASE, MixedBatch, pick_rows
 from .precision import Float32ParameterDict
@@ -199,8 +200,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
                 "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
                 "`bitfit_hf.TaskBank`."
             )
-        if base is not None and base.is_meta:
-            return base  # offloaded; what looks at it now is the machinery that is about to fetch it
+        if base is not None and (base.is_meta or is_sharded(base)):
+            return base  # offloaded or in slices; what looks at it now is the machinery that is about to fetch it
         if self._disable_adapters and self.merged_adapters:
             return self.base_bias(parameter)
         deltas = self._deltas(parameter)
@@ -218,7 +219,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             dtype = base.dtype
             total = base if dtype == torch.float32 else base.to(torch.promote_types(dtype, torch.float32))
         for name in names:
-            delta, index = deltas[name], self._index(parameter, name)
+            delta, index = lent(deltas[name], self.base_layer), self._index(parameter, name)
             if index is not None:
                 if total is None:
                     total = torch.zeros(_out_features(self.base_layer), dtype=torch.float32, device=delta.device)

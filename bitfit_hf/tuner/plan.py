@@ -135,6 +135,7 @@ def make_plan(
         biases = _restrict(biases, only)
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_free(modules, [bias.module for bias in biases], head)
+    _check_not_split(model, biases)
 
     everywhere: dict[str, tuple[str, ...]] = {}
     for bias in find_biases(model, add_missing_biases=True):
@@ -242,6 +243,17 @@ def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list
                 f"{name} is wrapped by another PEFT method already ({type(module).__name__}). BitFit cannot be mixed "
                 "with it on one model: unload that adapter first, or load a fresh base."
             )
+
+
+def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
+    """FSDP lends a layer its whole bias to compute with; under tensor parallelism a layer computes with its slice."""
+    modules = dict(walk(stock_root(model)))
+    split = [b.name for b in biases if hasattr(modules[b.module]._parameters.get(b.parameter), "full_tensor")]
+    if split and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
+        raise UnsupportedLayerError(
+            f"{split[0]} and {len(split) - 1} other biases are split over devices by tensor parallelism, under which "
+            "deltas are not supported. Load the model without `tp_plan`; FSDP2 shards a model of any size."
+        )
 
 
 def _labels(model: nn.Module, config: BitFitConfig, head: list[str]) -> tuple[Labels | None, str | None]:

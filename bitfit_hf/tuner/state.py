@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
 from ..files import KEY_PREFIX, check_digest, check_values
+from ..sharding import put_back, write_whole
 from ..terms.structure import stock_root
 from .head import BitFitHead
 from .layer import PREFIX, BitFitLayer
@@ -107,6 +108,7 @@ def load_tensors(
     if len(given) != len(tensors):
         raise DeltaFormatError(f"{where}: the file names a tensor twice; fetch the delta again.")
     check_values(given, where=where)
+    put_back(model)
     live = {**delta_parameters(model, adapter_name), **head_tensors(model, adapter_name)}
     check_fit(live, given, where=where)
     check_digest(given, expected_digest, where=where)
@@ -115,7 +117,7 @@ def load_tensors(
             if target.is_meta:
                 _materialise(model, adapter_name, name, given[name])
             else:
-                target.copy_(given[name])
+                write_whole(target, given[name])
 
 
 def _materialise(model: nn.Module, adapter_name: str, name: str, value: torch.Tensor) -> None:
