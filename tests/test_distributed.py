@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import free_port, run_python, torchrun
 from safetensors.torch import load_file
 from trainer_tester import IN_PLACE, WAYS, files, furthest, same
 
@@ -18,26 +15,9 @@ SCRIPT = Path(__file__).with_name("distributed_run.py")
 RUNS = [(way, kind) for way in WAYS for kind in ("whole", "resumed")]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launch(command: list[str], folder: Path, batch_size: int) -> Path:
     folder.mkdir()
-    root = str(SCRIPT.parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    # Without a network: the processes find each other on the loopback device.
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "1"}
-    result = subprocess.run(
-        [sys.executable, *command, str(SCRIPT), str(folder), str(batch_size)],
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    result = run_python(*command, SCRIPT, folder, batch_size, ACCELERATE_USE_CPU="1")
     assert result.returncode == 0, result.stderr[-4000:]
     return folder
 
@@ -55,11 +35,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch([], tmp_path_factory.mktemp("one") / "run", batch_size=8)
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
 LAUNCHERS = {
-    "torchrun": lambda: [*TORCHRUN, f"--master_port={free_port()}"],
+    "torchrun": torchrun,
     "accelerate": lambda: [*ACCELERATE, f"--main_process_port={free_port()}"],
 }
 
@@ -95,3 +74,15 @@ def test_two_processes_equal_one_with_twice_the_batch(launcher: str, one_process
         assert "adapter_model.safetensors" in found
         assert ("model.safetensors" in found) == (way == IN_PLACE)
         assert sum(size for name, size in found.items() if name.endswith(".safetensors")) < 20_000
+
+
+def test_gradients_are_all_that_is_sent_and_the_best_model_is_loaded(tmp_path: Path) -> None:
+    result = run_python(*torchrun(), SCRIPT.with_name("ddp_run.py"), tmp_path)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = [json.loads((tmp_path / f"bytes-{way}-{rank}.json").read_text()) for way in WAYS for rank in range(2)]
+    assert len(found) == 4
+    for seen in found:
+        assert seen["processes"] == 2
+        assert seen["bytes"] == [4 * seen["trainable"]] * 6
+        assert seen["best"] != "checkpoint-6"
+        assert seen["is the best"]
