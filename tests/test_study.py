@@ -7,6 +7,7 @@ import math
 import subprocess
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -418,6 +419,14 @@ def test_a_wrong_method_is_one_line(method, options, message):
         chosen_method(Arguments(method=method, method_options=options))
 
 
+def test_rows_are_evaluated_in_their_order_although_training_batches_go_by_length(tmp_path):
+    made = training_arguments(Arguments(output_dir=str(tmp_path)))
+    assert made.train_sampling_strategy == "group_by_length"
+    evaluation([]).on_train_begin(made, TrainerState(), TrainerControl())
+    # Of the ways to order rows, the one by length is the only one that a Trainer also uses for evaluation.
+    assert made.train_sampling_strategy == "sequential"
+
+
 class CountingTrainer:
     """Stands in for a Trainer: the accuracy of the n-th evaluation is the n-th of a list."""
 
@@ -468,6 +477,20 @@ def test_epochs_are_evaluated_but_the_last_which_comes_after_the_method_has_fini
     assert made.trainer.asked[:3] == [(3, "eval"), (1, "eval_mismatched"), (2, "train_sample")]
 
 
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    made = evaluation([0.1, 0.2])
+    drawn = []
+    for seed in (0, 0, 1):
+        made._epochs = 0
+        for epoch in range(2):
+            torch.rand(3 + len(drawn))  # what else a process draws
+            made._epochs = epoch
+            made.on_epoch_begin(SimpleNamespace(seed=seed), TrainerState(), TrainerControl())
+            drawn.append(torch.randperm(1000)[:5].tolist())
+    assert drawn[:2] == drawn[2:4]
+    assert len({tuple(order) for order in drawn}) == 4
+
+
 def test_every_second_epoch():
     made = evaluation([0.1, 0.5], every=2)
     state = TrainerState(max_steps=100)
@@ -477,10 +500,10 @@ def test_every_second_epoch():
     assert [entry["step"] for entry in made.history] == [2, 4]
 
 
-@pytest.mark.parametrize(("greater", "expected"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("greater", "expected"), [(True, 3), (False, 2)])
 def test_the_best_epoch(greater, expected):
-    values = [0.5, math.nan, 0.2, 0.7, 0.7]
+    values = [math.nan, 0.5, 0.2, 0.7, 0.7]
     made = evaluation(values, greater_is_better=greater)
     for step in range(len(values)):
         made.evaluate(TrainerState(max_steps=9, global_step=step))
-    assert made.best()["step"] == expected + 1
+    assert made.best()["step"] == expected

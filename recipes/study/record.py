@@ -54,7 +54,8 @@ class RunRecord:
         versions (`dict[str, str]`): Of Python and the packages.
         commit (`str`, *optional*): Of the project, if it is a checkout.
         dirty (`bool`, *optional*): Whether code or configurations differ from that commit.
-        hardware (`dict[str, Any]`): `cpu`, `cores` (usable), `threads`, `device`, `processes` (that really ran).
+        hardware (`dict[str, Any]`): `cpu`, `cores` (usable), `threads`, `device`, `processes` (that really ran),
+            the `engine` that they trained with and the `precision` of its autocast.
         notes (`dict[str, Any]`, *optional*): Further facts of the recipe.
         finished (`str`): When, in UTC.
     """

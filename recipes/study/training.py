@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from .arguments import StudyArguments
+from .engine import DDP, SINGLE, check_engine
 from .metrics import Metrics
 from .models import public_name
 from .record import RunRecord, checkout, hardware, without_paths
@@ -100,6 +101,13 @@ class Evaluation(TrainerCallback):
         # files of predictions, would be about other rows. The training sampler has been made by now.
         args.train_sampling_strategy = "sequential"
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The order of the rows comes from the global random state. Processes that have drawn differently many numbers
+        # would each take their share of another order, and rows would be missed. It is also the same for every method.
+        torch.manual_seed(1000 * args.seed + 1 + self._epochs)
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -147,7 +155,7 @@ def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArgument
     The Trainer's arguments. The batch is split over the processes, so that a run is the same on one and on several.
 
     Raises:
-        `SystemExit`: The batch cannot be split evenly, or the processes do not know of each other.
+        `SystemExit`: The batch cannot be split evenly.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch_size % processes:
@@ -177,14 +185,9 @@ def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArgument
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     made = TrainingArguments(**values | changes)
-    if made.world_size != processes:
+    if (found := made.train_batch_size * processes) != args.batch_size:
         raise SystemExit(
-            f"{processes} processes were launched, but this one is in a group of {made.world_size}: each would train "
-            "alone and write the same files. On a machine with a GPU, launch on the CPU with --use_cpu."
-        )
-    if (found := made.train_batch_size * made.world_size) != args.batch_size:
-        raise SystemExit(
-            f"{made.n_gpu} devices in {made.world_size} processes would make batches of {found}, not of --batch_size "
+            f"{made.n_gpu} devices in {processes} processes would make batches of {found}, not of --batch_size "
             f"{args.batch_size}: start one process per device, with `accelerate launch`."
         )
     return made
@@ -232,6 +235,9 @@ def train(
 
     Returns:
         [`RunRecord`]: The same on every process; the files are written by the first.
+
+    Raises:
+        [`EngineError`]: What runs is not what `accelerate launch` was asked for.
     """
     method = chosen_method(args) if method is None else method
     commit, dirty = checkout()  # of the code that has been read; the files may change while it runs
@@ -250,6 +256,14 @@ def train(
         **method.trainer_kwargs(model, trainer_args),
     )
     evaluation.trainer = trainer
+    engine = check_engine(trainer)
+    if engine.name not in (SINGLE, DDP):
+        raise SystemExit(
+            f"The study's methods train whole models, in one process or under DDP; this is {engine}. Take "
+            "recipes/accelerate/ddp.yaml, or wrap a BitFit model yourself as recipes/accelerate/fsdp2.yaml says."
+        )
+    # Not always what the arguments say: a launcher's config may ask for more.
+    precision = trainer.accelerator.mixed_precision.replace("no", "fp32")
     count = method.trainable(model)
 
     start = time.perf_counter()
@@ -290,7 +304,7 @@ def train(
         model_revision=revision,
         commit=commit,
         dirty=dirty,
-        hardware=hardware(trainer_args.world_size, trainer_args.device),
+        hardware=hardware(engine.processes, trainer_args.device) | {"engine": engine.name, "precision": precision},
         notes=notes,
     )
     record = broadcast_object_list([record])[0]
