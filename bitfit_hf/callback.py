@@ -16,7 +16,13 @@ from transformers import PreTrainedModel, TrainerCallback
 from .checkpoint import accept_checkpoints, is_ours, write_checkpoint
 from .config import BitFitConfig
 from .errors import TrainerSetupError
-from .guards import adapter_configs, check_arguments, refuse_other_methods, sharding_engine
+from .guards import (
+    adapter_configs,
+    check_arguments,
+    refuse_other_methods,
+    refuse_sharding_in_place,
+    sharding_engine,
+)
 from .lean import recompute_activations
 from .optim import base_rates, check_optimizer, head_rate, set_head_rate, trainable_deltas, trainable_head
 from .recompute import let_gradients_through
@@ -123,6 +129,7 @@ class BitFitCallback(TrainerCallback):
             raise TrainerSetupError("The Trainer has no model to tune.")
         check_arguments(args)
         refuse_other_methods(model)
+        refuse_sharding_in_place(model, args)
         if args.push_to_hub:
             check_base_name(model, self.adapter_name, self.config)
         self._refuse_best_of_named_adapter(model, args)
@@ -144,12 +151,6 @@ class BitFitCallback(TrainerCallback):
             raise TrainerSetupError(
                 f"{type(model).__name__} is no transformers model, so the callback cannot inject adapters in place. "
                 "Wrap it first: `model = get_peft_model(model, BitFitConfig(...))`."
-            )
-        engine = sharding_engine(args)
-        if engine is not None:
-            raise TrainerSetupError(
-                f"{engine} saves and loads adapters of a wrapped model only. Wrap it before the Trainer is made: "
-                "`model = get_peft_model(model, BitFitConfig(...))`; the callback takes it from there."
             )
         model.add_adapter(self._fresh_config(), self.adapter_name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -69,6 +70,20 @@ def sharding_engine(args: TrainingArguments) -> str | None:
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "DeepSpeed"
     return None
+
+
+def refuse_sharding_in_place(model: nn.Module, args: TrainingArguments) -> None:
+    """Refuses to shard a model that is not wrapped, whether or not an adapter is injected in it already.
+
+    Raises:
+        [`TrainerSetupError`]: It would be.
+    """
+    engine = sharding_engine(args)
+    if engine is not None and not isinstance(model, PeftModel):
+        raise TrainerSetupError(
+            f"{engine} saves and loads adapters of a wrapped model only. Wrap it before the Trainer is made: "
+            "`model = get_peft_model(model, BitFitConfig(...))`; the callback takes it from there."
+        )
 
 
 def adapter_configs(model: nn.Module) -> dict[str, BitFitConfig]:

@@ -393,6 +393,10 @@ def test_sharding_a_stock_model_is_refused_with_the_remedy(
     with pytest.raises(TrainerSetupError, match=rf"{engine} saves and loads adapters of a wrapped model only"):
         BitFitCallback().on_init_end(args, SimpleNamespace(), SimpleNamespace(), model=model)
     assert state(model) == before
+    in_place = fresh()
+    in_place.add_adapter(BitFitConfig())
+    with pytest.raises(TrainerSetupError, match=r"get_peft_model\(model, BitFitConfig"):
+        BitFitCallback().on_init_end(args, SimpleNamespace(), SimpleNamespace(), model=in_place)
     BitFitCallback().on_init_end(
         args, SimpleNamespace(), SimpleNamespace(), model=get_peft_model(model, BitFitConfig())
     )
