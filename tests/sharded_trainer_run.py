@@ -58,6 +58,12 @@ def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.T
     return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
+def in_slices(parameter: Any) -> bool:
+    """Whether this process keeps less than the whole; ZeRO-3 leaves small parameters whole once they were needed."""
+    part = getattr(parameter, "ds_tensor", None)
+    return is_sharded(parameter) or (part is not None and part.numel() < parameter.ds_numel)
+
+
 def main(folder: Path, config: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
@@ -75,7 +81,7 @@ def main(folder: Path, config: str) -> None:
         model: Any = trainer.model
         facts[kind] = {
             "engine": wrapper(trainer.model_wrapped),
-            "sharded": all(is_sharded(parameter) for parameter in model.parameters()),
+            "sharded": all(in_slices(parameter) for parameter in model.parameters()),
             "losses": losses(trainer),
         }
         trainer.save_model(str(folder / kind))
