@@ -2,7 +2,7 @@
 
     python recipes/reproduce.py --table 3 --config minilm_cpu --data_dir path/to/data --dry_run
     python recipes/reproduce.py --table 3 --config minilm_cpu --data_dir path/to/data
-    python recipes/reproduce.py --table 3 --config minilm_cpu --data_dir path/to/data --tasks rte --time_limit 60
+    python recipes/reproduce.py --table 3 --config minilm_cpu --data_dir path/to/data --tasks rte_1k --time_limit 60
     python recipes/reproduce.py --table 1 2 3 --figure 1 2 --study generalization_gap pos --render_only
     accelerate launch recipes/reproduce.py --table 2 --config paper
     python recipes/reproduce.py --table 2 --config paper --shard 0/8

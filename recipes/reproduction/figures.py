@@ -162,12 +162,12 @@ def gaps(cell: Cell, context: Context) -> list[Gap]:
     choice = choose(cell, context.store, context.score)
     if choice is None:
         return []
-    metric = cell.task.metric
+    metric, unit = cell.task.metric, 0.01 if cell.task.in_percent else 1.0
     found = []
     for stored in runs_at(cell, context.store, choice.learning_rate):
         entries = [entry for entry in stored.record["history"] if entry.get("train")]
         scores = [(entry["epoch"], entry["train"][metric], entry["eval"][metric]) for entry in entries]
-        scores = [entry for entry in scores if None not in entry]
+        scores = [(epoch, unit * train, unit * dev) for epoch, train, dev in scores if None not in (train, dev)]
         if scores:
             found.append(Gap(*zip(*scores)))
     return found

@@ -147,9 +147,10 @@ def provenance(context: Context, cells: Iterable[Cell]) -> list[str]:
         f"{str(record.get('commit') or 'unknown')[:12]}{' (with uncommitted changes)' if record.get('dirty') else ''}"
         for record in records
     )
-    machines = listed(
-        " × ".join(f"{name} {value}" for name, value in (record.get("hardware") or {}).items()) for record in records
-    )
+    machines = {
+        ", ".join(f"{name} {value}" for name, value in sorted((record.get("hardware") or {}).items()))
+        for record in records
+    }
     packages = sorted({name for record in records for name in record.get("versions") or {}})
     versions = "; ".join(
         f"{name} {listed(str(record['versions'][name]) for record in records if name in record.get('versions', {}))}"
@@ -162,7 +163,7 @@ def provenance(context: Context, cells: Iterable[Cell]) -> list[str]:
         f"- {len(runs)} runs, {hours:.1f} hours in all; one JSON each in `runs/`",
         f"- commit: {commits}",
         f"- versions: {versions}",
-        f"- hardware: {machines}",
+        f"- hardware: {'; '.join(sorted(machines))}",
     ]
 
 

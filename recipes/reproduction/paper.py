@@ -35,7 +35,8 @@ class PaperFigure:
 # Spearman correlation (STS-B), accuracy otherwise, times 100. That F1 and Spearman are meant is recalled, too.
 COLUMNS = ("QNLI", "SST-2", "MNLI-m", "MNLI-mm", "CoLA", "MRPC", "STS-B", "RTE", "QQP")
 
-# By split, model and method; nine columns and the paper's own average.
+# By split, model and method; nine columns and the paper's own average. The average of the frozen row lies 2.1 points
+# above the mean of its figures, and those of the test set up to 0.5: one more reason not to rely on recalled ones.
 _GLUE = {
     "dev": {
         "BERT-large": {

@@ -133,7 +133,8 @@ def agree(value: Any) -> Any:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState()  # joins the process group that the Trainers will use
+    # Joins the process group that the Trainers will use, on the device that the recipes choose.
+    PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
     return broadcast_object_list([value])[0]
 
 
