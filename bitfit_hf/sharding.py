@@ -19,9 +19,10 @@ def put_back(model: nn.Module) -> None:
     Args:
         model (`nn.Module`): Sharded or not.
     """
-    for module in model.modules():
-        if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
-            module.reshard()
+    sharded: Any
+    for sharded in model.modules():
+        if type(sharded).__name__.startswith("FSDP") and hasattr(sharded, "reshard"):
+            sharded.reshard()
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
