@@ -137,7 +137,7 @@ def _scores(claim: Claim, cells: Sequence[Cell], context: Context) -> tuple[str,
 
 
 def _key_biases(cells: Sequence[Cell], context: Context) -> tuple[str, list[str]]:
-    """The key bias has no gradient but rounding: a softmax does not see what is added to all its inputs."""
+    """How far the key biases moved, beside the query biases of the same run."""
     lines = [["model", "task", "n", "b_k relative to b_q", "b_k relative to the most moved term", "verdict"]]
     verdicts = []
     for cell in cells:
@@ -152,7 +152,14 @@ def _key_biases(cells: Sequence[Cell], context: Context) -> tuple[str, list[str]
         verdicts.append(answer)
         largest = averages.get("key", math.nan) / max(averages.values())
         lines.append([cell.model.name, cell.task.name, "1", f"{ratio:.2%}", f"{largest:.2%}", answer])
-    return _count(verdicts), [table(lines, 2), ""] if verdicts else []
+    if not verdicts:
+        return _count(verdicts), []
+    note = (
+        "The gradient of b_k is zero but for rounding: a softmax does not see what is added to all its inputs. Adam "
+        "divides by the gradient's size, so it makes steps out of rounding noise, of half-precision autocast most of "
+        "all. Such steps change b_k and not what the model computes."
+    )
+    return _count(verdicts), [table(lines, 2), "", note, ""]
 
 
 def _gaps(cells: Sequence[Cell], context: Context) -> tuple[str, list[str]]:
