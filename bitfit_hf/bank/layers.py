@@ -15,7 +15,6 @@ from ..tuner.reading import install, stock_class
 from .batch import Batch, current
 from .sites import Site
 
-
 _SMALL_OUTPUT = 1 << 20  # values; below it copying row by row is faster, above it what all threads share
 
 
