@@ -63,7 +63,7 @@ class BitFitCallback(TrainerCallback):
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter. Several tasks can be trained on one base, one after the other, under several names.
         recompute_activations (`bool`, *optional*, defaults to `False`):
-            Trains with less memory and about a tenth slower, with the same result: see
+            Trains with less memory and a sixth to a fifth slower, with the same result: see
             [`~bitfit_hf.recompute_activations`]. In force while `train()` runs.
 
     Raises:
