@@ -46,9 +46,9 @@ def recompute_activations(model: _Model, enabled: bool = True) -> _Model:
     """Lets a model compute the activations of its MLPs again in the backward pass instead of keeping them.
 
     Outputs and gradients are those of the ordinary path, with the same dropout masks; a step takes one more
-    matrix product in each layer, a sixth to a fifth longer at BERT-base shape. It takes effect where gradients are recorded, not under
-    `torch.no_grad()` and not in a model compiled with `torch.compile`, whose partitioner chooses by itself what to
-    keep. Gradient checkpointing computes whole layers again, so there is no point in both.
+    matrix product in each layer, a sixth to a fifth longer at BERT-base shape. It takes effect where gradients are
+    recorded, not under `torch.no_grad()` and not in a model compiled with `torch.compile`, whose partitioner chooses
+    by itself what to keep. Gradient checkpointing computes whole layers again, so there is no point in both.
 
     Args:
         model (`torch.nn.Module`):
