@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             rows += throughput(systems, arguments, count, shape)
     sizes = [{"model": arguments.model or DEMO_PACKAGE, "dtype": "float32", **memory(systems.bank)}]
     record: dict[str, Any] = {
-        "arguments": asdict(arguments),
+        "arguments": asdict(arguments) | {"output": None},  # results are shared, and paths are the user's own
         "throughput": rows,
         "adding": adding(systems, max(arguments.tasks)),
         "memory": sizes,
