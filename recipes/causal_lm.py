@@ -23,15 +23,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import transformers
 from baselines import Method
 from datasets import Dataset
-from study.arguments import StudyArguments, parse
+from study.arguments import StudyArguments
 from study.data import load_splits, subset
 from study.models import locate, new_model
 from study.packing import block_losses, collate, held_out, pack, perplexity
 from study.record import RunRecord
-from study.training import Split, TaskData, chosen_method, report, train
+from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bitfit_hf.errors import BitFitError
@@ -139,11 +138,7 @@ def run(args: CausalLMArguments) -> RunRecord:
 
 
 def main(argv: list[str] | None = None) -> RunRecord:
-    args = parse(CausalLMArguments, argv, description=__doc__.splitlines()[0])
-    transformers.logging.set_verbosity_error()
-    record = run(args)
-    report(record)
-    return record
+    return run_recipe(run, CausalLMArguments, argv, __doc__)
 
 
 if __name__ == "__main__":

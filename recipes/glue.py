@@ -23,14 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import transformers
 from datasets import Dataset
-from study.arguments import StudyArguments, parse
+from study.arguments import StudyArguments
 from study.data import GLUE, GLUE_NAME, by_length, load_glue, load_splits, subset
 from study.metrics import answers, glue_metrics
 from study.models import locate, new_model
 from study.record import RunRecord
-from study.training import Split, TaskData, chosen_method, report, train
+from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -142,11 +141,7 @@ def run(args: GlueArguments) -> RunRecord:
 
 
 def main(argv: list[str] | None = None) -> RunRecord:
-    args = parse(GlueArguments, argv, description=__doc__.splitlines()[0])
-    transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
-    record = run(args)
-    report(record)
-    return record
+    return run_recipe(run, GlueArguments, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import transformers
 from datasets import Dataset, concatenate_datasets
 from study.answers import squad_scores
-from study.arguments import StudyArguments, parse
+from study.arguments import StudyArguments
 from study.data import load_splits, subset
 from study.models import locate, new_model
 from study.record import RunRecord
 from study.spans import check_windows, find_answers, make_windows
-from study.training import Split, TaskData, chosen_method, report, train
+from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -204,11 +203,7 @@ def run(args: SquadArguments) -> RunRecord:
 
 
 def main(argv: list[str] | None = None) -> RunRecord:
-    args = parse(SquadArguments, argv, description=__doc__.splitlines()[0])
-    transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
-    record = run(args)
-    report(record)
-    return record
+    return run_recipe(run, SquadArguments, argv, __doc__)
 
 
 if __name__ == "__main__":

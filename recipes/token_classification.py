@@ -28,15 +28,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import transformers
 from datasets import Dataset
-from study.arguments import StudyArguments, parse
+from study.arguments import StudyArguments
 from study.data import by_length, load_splits, subset
 from study.metrics import word_accuracy
 from study.models import locate, new_model
 from study.record import RunRecord
 from study.tagging import on_subwords, read_conll, tag_names, tagged
-from study.training import Split, TaskData, chosen_method, report, train
+from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -148,11 +147,7 @@ def run(args: TokenClassificationArguments) -> RunRecord:
 
 
 def main(argv: list[str] | None = None) -> RunRecord:
-    args = parse(TokenClassificationArguments, argv, description=__doc__.splitlines()[0])
-    transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
-    record = run(args)
-    report(record)
-    return record
+    return run_recipe(run, TokenClassificationArguments, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def torchrun(processes: int = 2) -> list[str]:
     return [*command, f"--master_port={free_port()}"]
 
 
-def run_python(*command: object, timeout: int = 500, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *command: object, timeout: int = 500, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """
     Runs python to the end, with this checkout importable, and without a network: processes find each other on the
     loopback device.
@@ -32,10 +34,18 @@ def run_python(*command: object, timeout: int = 500, **environment: str) -> subp
     Args:
         command: Its arguments.
         timeout (`int`, *optional*, defaults to 500): Seconds.
+        cwd (`Path`, *optional*): Where; here by default.
         environment: More variables.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", **environment}
     return subprocess.run(
-        [sys.executable, *map(str, command)], env=variables, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *map(str, command)], env=variables, cwd=cwd, capture_output=True, text=True, timeout=timeout
     )
+
+
+def launch_two(recipe: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe to the end, as two processes on the CPU, through `accelerate launch` and the project's config."""
+    config = ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"
+    script = ROOT / "recipes" / f"{recipe}.py"
+    return run_python("-m", "accelerate.commands.launch", "--config_file", config, script, *arguments)

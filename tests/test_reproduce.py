@@ -19,9 +19,11 @@ import pytest
 import quick_recipe
 import reproduce
 import yaml
+from launching import launch_two
 from reproduction import aggregate, claims, cost, figures, paper, plan, runner, studies
 from reproduction.markdown import Context
 from reproduction.store import DamagedRunError, RunStore
+from study.arguments import parse
 from transformers import HfArgumentParser
 
 from bitfit_hf.analysis import BiasChangeRow
@@ -214,7 +216,7 @@ def test_every_study_config(name, tmp_path, capsys):
             for key, value in vars(module).items()
             if key.endswith("Arguments") and getattr(value, "__module__", None) == run.task.recipe
         ]
-        parsed = module.parse(kind, runner.command_line(run, runner.Places(), "out"))
+        parsed = parse(kind, runner.command_line(run, runner.Places(), "out"))
         assert (parsed.method, parsed.learning_rate, parsed.seed) == (run.method.name, run.learning_rate, run.seed)
         assert parsed.model_name_or_path == run.model.model_name_or_path
         from baselines import make_method
@@ -826,12 +828,7 @@ def test_a_killed_sweep_of_real_runs_goes_on(real, study_base, study_data, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_train_one_run_together(real, study_base, study_data, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml")]
-    command = [str(ROOT / "recipes" / "reproduce.py"), *real_argv(real, study_base, study_data, tmp_path)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, timeout=500)
+    done = launch_two("reproduce", *real_argv(real, study_base, study_data, tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("4 runs done.") == 1
     stored = [json.loads(path.read_text()) for path in (tmp_path / "results" / "real" / "runs").iterdir()]

@@ -16,7 +16,7 @@ import quickstart
 import serve_many_tasks
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, HfArgumentParser
 
 from bitfit_hf import BiasDelta, BitFitConfig, TaskBank, TaskBankError
 
@@ -33,24 +33,12 @@ def benchmark() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tiny_base(tmp_path_factory) -> str:
-    """A random two-layer BERT with MiniLM's tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-base")
-    tokenizer = AutoTokenizer.from_pretrained(quickstart.demo_model())
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def task_dir(tiny_base, tmp_path_factory) -> Path:
+def task_dir(study_base, tmp_path_factory) -> Path:
     """A delta for each of the quickstart's tasks, with random values."""
     folder = tmp_path_factory.mktemp("tasks")
     for seed, (task, labels) in enumerate([("stance", 3), ("intent", 6)]):
         names = dict(enumerate(f"{task}{index}" for index in range(labels)))
-        stock = AutoModelForSequenceClassification.from_pretrained(tiny_base, id2label=names)
+        stock = AutoModelForSequenceClassification.from_pretrained(study_base, id2label=names)
         tuned = get_peft_model(stock, BitFitConfig())
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -61,27 +49,27 @@ def task_dir(tiny_base, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_mixed_stream_is_answered_as_by_single_models(tiny_base, task_dir, capsys):
-    argv = ["--task_dir", str(task_dir), "--model", tiny_base, "--copies", "3", "--requests", "40", "--clients", "8"]
+def test_a_mixed_stream_is_answered_as_by_single_models(study_base, task_dir, capsys):
+    argv = ["--task_dir", str(task_dir), "--model", study_base, "--copies", "3", "--requests", "40", "--clients", "8"]
     assert serve_many_tasks.main(argv) <= 1e-5
     shown = capsys.readouterr().out
     assert "8 tasks in" in shown
     assert "40 requests for" in shown
 
 
-def test_tasks_that_are_missing_are_trained_first(tiny_base, task_dir, tmp_path, monkeypatch):
+def test_tasks_that_are_missing_are_trained_first(study_base, task_dir, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(quickstart, "main", asked.append)
     (tmp_path / "stance").symlink_to(task_dir / "stance")
-    folders = serve_many_tasks.delta_folders(serve_many_tasks.Arguments(task_dir=str(tmp_path), model=tiny_base))
+    folders = serve_many_tasks.delta_folders(serve_many_tasks.Arguments(task_dir=str(tmp_path), model=study_base))
     assert folders["intent"] == tmp_path / "intent"
-    assert asked == [["--task", "intent", "--output_dir", str(tmp_path), "--model_name_or_path", tiny_base]]
+    assert asked == [["--task", "intent", "--output_dir", str(tmp_path), "--model_name_or_path", study_base]]
     serve_many_tasks.delta_folders(serve_many_tasks.Arguments(task_dir=str(task_dir)))
     assert len(asked) == 1
 
 
-def test_one_bad_request_does_not_spoil_a_batch(tiny_base, task_dir):
-    bank = TaskBank(BertModel.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base))
+def test_one_bad_request_does_not_spoil_a_batch(study_base, task_dir):
+    bank = TaskBank(BertModel.from_pretrained(study_base), AutoTokenizer.from_pretrained(study_base))
     bank.add_task("stance", task_dir / "stance")
     requests = serve_many_tasks.BatchingQueue(bank, wait=0.5)
     futures = [requests.ask("a good tent", task) for task in ("stance", "gone", "stance")]
@@ -93,8 +81,8 @@ def test_one_bad_request_does_not_spoil_a_batch(tiny_base, task_dir):
     assert not any(thread is requests._thread for thread in threading.enumerate())
 
 
-def test_the_queue_fills_batches(tiny_base, task_dir):
-    bank = TaskBank(BertModel.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base))
+def test_the_queue_fills_batches(study_base, task_dir):
+    bank = TaskBank(BertModel.from_pretrained(study_base), AutoTokenizer.from_pretrained(study_base))
     bank.add_task("stance", task_dir / "stance")
     requests = serve_many_tasks.BatchingQueue(bank, batch_size=4, wait=0.5)
     for future in [requests.ask("a good tent", "stance") for _ in range(8)]:
@@ -103,10 +91,10 @@ def test_the_queue_fills_batches(tiny_base, task_dir):
     assert requests.sizes == {4: 2}
 
 
-def test_the_benchmark_writes_figures_and_a_plot(benchmark, tiny_base, tmp_path):
+def test_the_benchmark_writes_figures_and_a_plot(benchmark, study_base, tmp_path):
     out = tmp_path / "results" / "serve.json"
     options = ["--tasks", "1", "4", "--shapes", "1x4", "3x5", "--rounds", "2", "--warmup", "0", "--bert_tasks", "0"]
-    benchmark.main([*options, "--merged_models", "2", "--model", tiny_base, "--output", str(out)])
+    benchmark.main([*options, "--merged_models", "2", "--model", study_base, "--output", str(out)])
     record = json.loads(out.read_text())
     rows = record["throughput"]
     assert {row["system"] for row in rows} == {"base", "bank", "merged", "lora"}
@@ -120,9 +108,9 @@ def test_the_benchmark_writes_figures_and_a_plot(benchmark, tiny_base, tmp_path)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_system_of_the_benchmark_answers_for_its_tasks(benchmark, tiny_base):
+def test_every_system_of_the_benchmark_answers_for_its_tasks(benchmark, study_base):
     """What is timed does what it says: each example is computed with its own task."""
-    systems = benchmark.Systems(tiny_base, 4)
+    systems = benchmark.Systems(study_base, 4)
     systems.grow(3)
     ids = torch.randint(1000, 2000, (4, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,9 @@ import pytest
 import quickstart
 import squad
 import torch
+from launching import launch_two
 from study.answers import squad_scores
+from study.arguments import parse
 from study.record import RunRecord
 from transformers import AutoTokenizer, BertConfig, BertModel, EvalPrediction
 
@@ -116,7 +115,7 @@ def test_bitfit_moves_the_biases_and_the_figures_are_those_of_the_files(tiny_bas
 
 def test_logits_in_another_order_are_noticed(tiny_base, data_dir):
     """With lengths grouped, a Trainer would shuffle what it evaluates."""
-    args = squad.parse(squad.SquadArguments, arguments(tiny_base, data_dir, data_dir))
+    args = parse(squad.SquadArguments, arguments(tiny_base, data_dir, data_dir))
     answers = squad.Answers(squad.load_questions(args)[1], AutoTokenizer.from_pretrained(tiny_base), args)
     lengths = [len(ids) for ids in answers.windows["input_ids"]]
     assert lengths == sorted(lengths, reverse=True)
@@ -129,7 +128,7 @@ def test_logits_in_another_order_are_noticed(tiny_base, data_dir):
 
 
 def test_subsets_are_nested_and_drawn_by_the_seed(tiny_base, data_dir):
-    args = squad.parse(squad.SquadArguments, arguments(tiny_base, data_dir, data_dir))
+    args = parse(squad.SquadArguments, arguments(tiny_base, data_dir, data_dir))
     rows, _ = squad.load_questions(args)
     small, large, other = (set(squad.subset(rows, size, seed)["id"]) for size, seed in ((4, 0), (9, 0), (9, 1)))
     assert (len(small), len(large)) == (4, 9)
@@ -140,7 +139,7 @@ def test_subsets_are_nested_and_drawn_by_the_seed(tiny_base, data_dir):
 def test_extra_questions_about_articles_of_the_validation_split_are_left_out(tiny_base, data_dir):
     more = ["--extra_train_file", str(data_dir / "extra.jsonl.gz")]
     train, evaluation = squad.load_questions(
-        squad.parse(squad.SquadArguments, arguments(tiny_base, data_dir, data_dir, *more))
+        parse(squad.SquadArguments, arguments(tiny_base, data_dir, data_dir, *more))
     )
     assert [train["title"].count(title) for title in ("Ulm", "Bonn", "Kiel", "Hof")] == [8, 8, 8, 8]
     assert len(train) == 32
@@ -199,20 +198,10 @@ def test_questions_that_share_an_id_are_refused(tiny_base, data_dir, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_answer_every_question_once(tiny_base, data_dir, tmp_path):
-    """At rate 0, so that one process and two have the same model: each draws its own dropout masks."""
+    """At rate 0, so that one process and two have the same model, in whatever order they are given the rows."""
     more = ["--epochs", "1", "--learning_rate", "0", "--batch_size", "4", "--eval_batch_size", "3", "--use_cpu"]
     alone = squad.main(arguments(tiny_base, data_dir, tmp_path / "one", *more))
-    recipes = Path(squad.__file__).parent
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    launch += ["--config_file", str(recipes / "accelerate" / "cpu_2_processes.yaml"), str(recipes / "squad.py")]
-    path = os.pathsep.join(filter(None, [str(recipes.parent), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*launch, *arguments(tiny_base, data_dir, tmp_path / "two", *more)],
-        env={**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    done = launch_two("squad", *arguments(tiny_base, data_dir, tmp_path / "two", *more))
     assert done.returncode == 0, done.stderr[-4000:]
     two = RunRecord.read(tmp_path / "two" / "run.json")
     assert two.hardware["processes"] == 2

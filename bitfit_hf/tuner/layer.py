@@ -50,9 +50,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._stored: dict[str, torch.Tensor | None] = {}  # the base's biases while adapters are merged into them
-        self._tied: dict[
-            str, tuple[BitFitLayer, str]
-        ] = {}  # whose biases are the same Parameter, and are merged there
+        # Layer and name of the biases that are the same Parameter as this layer's, which are merged there.
+        self._tied: dict[str, tuple[BitFitLayer, str]] = {}
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
         self._led: tuple[BitFitHead, ...] = ()

@@ -115,14 +115,13 @@ def load_tensors(
     with torch.no_grad():
         for name, target in live.items():
             if target.is_meta:
-                _materialise(model, adapter_name, name, given[name])
+                _materialise(model, adapter_name, name, target, given[name])
             else:
                 write_whole(target, given[name])
 
 
-def _materialise(model: nn.Module, adapter_name: str, name: str, value: torch.Tensor) -> None:
+def _materialise(model: nn.Module, adapter_name: str, name: str, empty: torch.Tensor, value: torch.Tensor) -> None:
     """Gives a tensor made under `low_cpu_mem_usage=True` its memory, on the device of its layer."""
-    empty: Any = delta_parameters(model, adapter_name).get(name)
     made = None
     for _, layer in tuned_layers(model):
         for parameter in layer.bias_parameters:

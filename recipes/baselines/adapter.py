@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from bitfit_hf.terms import find_biases, head_modules
 from bitfit_hf.terms.structure import LINEAR, NORM, kind_of, walk
 
-from .base import Folder, Method, load_tensors, save_tensors, train_head_only, trained_tensors
+from .base import StoredWhole, train_head_only
 
 
 class Bottleneck(nn.Module):
@@ -39,7 +39,7 @@ class Bottleneck(nn.Module):
         return hidden + self.up(nn.functional.gelu(self.down(inner))).to(hidden.dtype)
 
 
-class Adapter(Method):
+class Adapter(StoredWhole):
     """
     Puts two bottlenecks into each layer and trains them, the norms and the task head.
 
@@ -73,14 +73,6 @@ class Adapter(Method):
             module = model.get_submodule(path)
             module.bottleneck = Bottleneck(size, self.bottleneck).to(next(module.parameters()).device)
             module.register_forward_hook(_through_bottleneck)
-        return model
-
-    def save(self, model: nn.Module, folder: Folder) -> int:
-        return save_tensors(trained_tensors(model), folder, self._FILE)
-
-    def load(self, model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
-        self.prepare(model)
-        load_tensors(trained_tensors(model), folder, self._FILE)
         return model
 
 

@@ -155,6 +155,20 @@ class Method(ABC):
         """
 
 
+class StoredWhole(Method):
+    """A method that stores all that it trains as it is, in one file."""
+
+    _FILE: ClassVar[str]
+
+    def save(self, model: nn.Module, folder: Folder) -> int:
+        return save_tensors(trained_tensors(model), folder, self._FILE)
+
+    def load(self, model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
+        self.prepare(model)
+        load_tensors(trained_tensors(model), folder, self._FILE)
+        return model
+
+
 # --- head and body ---------------------------------------------------------------------------------------------------
 
 

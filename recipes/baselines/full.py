@@ -8,12 +8,10 @@ from transformers import PreTrainedModel
 from .base import (
     Folder,
     Method,
+    StoredWhole,
     head_parameters,
-    load_tensors,
-    save_tensors,
     size_of,
     train_head_only,
-    trained_tensors,
 )
 
 
@@ -40,7 +38,7 @@ class Full(Method):
         return model
 
 
-class Frozen(Method):
+class Frozen(StoredWhole):
     """Trains the task head alone, on top of the pre-trained body as it is.
 
     The reference code trains it with BitFit's settings, so the grid of rates is BitFit's. The body keeps its dropout.
@@ -58,12 +56,4 @@ class Frozen(Method):
                 "another method for language models."
             )
         train_head_only(model)
-        return model
-
-    def save(self, model: nn.Module, folder: Folder) -> int:
-        return save_tensors(trained_tensors(model), folder, self._FILE)
-
-    def load(self, model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
-        self.prepare(model)
-        load_tensors(trained_tensors(model), folder, self._FILE)
         return model

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from baselines import Method, make_method
@@ -26,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from .arguments import StudyArguments
+from .arguments import StudyArguments, parse
 from .engine import DDP, SINGLE, check_engine
 from .metrics import Metrics
 from .models import public_name
@@ -310,6 +311,25 @@ def train(
     record = broadcast_object_list([record])[0]
     if trainer.is_world_process_zero():
         record.write(folder / "run.json")
+    return record
+
+
+def run_recipe(
+    run: Callable[[Any], RunRecord], arguments: type[StudyArguments], argv: list[str] | None, description: str
+) -> RunRecord:
+    """
+    A recipe from the command line: reads the arguments, does the run and prints it in one line.
+
+    Args:
+        run (`Callable`): Does one run.
+        arguments (`type`): The recipe's arguments.
+        argv (`list[str]`, *optional*): Those of the process by default.
+        description (`str`): The recipe's docstring; its first line is shown by `--help`.
+    """
+    args = parse(arguments, argv, description=description.splitlines()[0])
+    transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
+    record = run(args)
+    report(record)
     return record
 
 
