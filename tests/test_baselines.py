@@ -21,7 +21,15 @@ from architectures import ARCHITECTURES
 from baselines import METHODS, Method, TrainableCount, make_method
 from baselines.adapter import Bottleneck
 from baselines.base import body_parameters, head_parameters, head_tensors
-from baselines.diff_pruning import LOWER, UPPER, DiffPruningCallback, GatedDifference, _SampledGates, gates
+from baselines.diff_pruning import (
+    LOWER,
+    UPPER,
+    DiffPruning,
+    DiffPruningCallback,
+    GatedDifference,
+    _SampledGates,
+    gates,
+)
 from baselines.random_subset import RandRowCol
 from baselines.sparse import SparseValues, parametrizations
 from peft import PeftModel
@@ -538,6 +546,33 @@ def test_diff_pruning_groups_its_parameters(tmp_path: Path) -> None:
         assert state[gate.difference]["step"] == 3
 
 
+def test_diff_pruning_goes_through_the_schedule_in_each_phase(tmp_path: Path) -> None:
+    def rates(folder: Path, method: Method, steps: int, more: int = 0) -> list[list[float]]:
+        seen: list[list[float]] = []
+
+        class Rates(TrainerCallback):
+            def on_pre_optimizer_step(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+                seen.append([group["lr"] for group in optimizer.param_groups][-4:])
+
+        values = {"lr_scheduler_type": "linear", "warmup_steps": 0.2, "save_steps": 4, "save_strategy": "steps"}
+        trainer = trainer_for(
+            method, method.prepare(fresh()), "bert-sequence", folder, Rates(), max_steps=steps, **values
+        )
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{more}") if more else None)
+        return seen
+
+    alone = [difference for difference, *_ in rates(tmp_path / "a", DiffPruning(0.03, gated_share=0.99), 5)]
+    found = rates(tmp_path / "b", DiffPruning(0.03, tuned_scale=10.0), 10)
+    differences, gate_rates, head, _ = zip(*found, strict=True)
+    assert max(alone) == pytest.approx(1e-2)
+    assert differences[:5] == head[:5] == pytest.approx(alone)
+    assert differences[5:] == head[5:] == pytest.approx([10 * rate for rate in alone])
+    assert gate_rates[:5] == pytest.approx([10 * rate for rate in alone])  # 0.1 by default
+    for at in (4, 8):  # before and after the projection
+        resumed = rates(tmp_path / "b", DiffPruning(0.03, tuned_scale=10.0), 10, more=at)
+        assert resumed == found[at:]
+
+
 def test_gates_have_the_gradients_of_the_formula() -> None:
     tensor, difference = torch.randn(40, 5), torch.randn(40, 5, requires_grad=True)
     alpha = (3 * torch.randn(40, 5)).requires_grad_()
@@ -589,6 +624,12 @@ def test_diff_pruning_refuses_what_it_cannot_do() -> None:
     callback = DiffPruningCallback(0.01, 1e-7, 0.5)
     with pytest.raises(ValueError, match="max_grad_norm"):
         callback.on_train_begin(SimpleNamespace(fp16=True, max_grad_norm=0.0), None, None, model=fresh())
+    settings = SimpleNamespace(fp16=False)
+    for scheduler in (None, torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1)]), 1)):
+        with pytest.raises(ValueError, match="lr_scheduler_type"):
+            callback.on_train_begin(settings, None, None, model=fresh(), lr_scheduler=scheduler)
+    with pytest.raises(ValueError, match="tuned_scale=0"):
+        make_method("diff_pruning", tuned_scale=0)
     with pytest.raises(ValueError, match="sparsity=5"):
         make_method("diff_pruning", sparsity=5)
 

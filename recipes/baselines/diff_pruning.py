@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .base import Folder, Method, body_parameters, train_head_only
@@ -110,8 +111,8 @@ class DiffPruning(Method):
 
     In the first part of a run all of the body has a difference under gates, whose expected number is penalised. Then
     the differences of the largest magnitude over the whole body are kept, an exact number of them, and tuned with that
-    mask fixed. All of it happens within one run of an unmodified `Trainer`, so both parts share one schedule of rates
-    (the authors train as many epochs again after the projection, with a schedule of its own). The gradient of the
+    mask fixed. As with the authors each part goes through a whole schedule of learning rates, warm-up and decay; here
+    all of it happens within one run of an unmodified `Trainer`, whose steps the parts share. The gradient of the
     penalty is known in closed form and added in a callback, after clipping; the loss stays the model's. Evaluations in
     the first part are of what projection would keep at that moment.
 
@@ -126,6 +127,8 @@ class DiffPruning(Method):
         gated_share (`float`, *optional*, defaults to 0.5): Share of the steps before the projection.
         alpha (`float`, *optional*, defaults to 5.0): Where the gates start, nearly all open.
         gate_learning_rate (`float`, *optional*, defaults to 0.1): Of the gates; follows the Trainer's schedule.
+        tuned_scale (`float`, *optional*, defaults to 1.0): The rate after the projection, as a multiple of the
+            Trainer's. Few values want larger rates than all of them, which shows where steps are few.
         seed (`int`, *optional*): Unused: differences start at zero, and gates draw from the Trainer's random state.
     """
 
@@ -140,15 +143,19 @@ class DiffPruning(Method):
         gated_share: float = 0.5,
         alpha: float = 5.0,
         gate_learning_rate: float = 0.1,
+        tuned_scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(seed=seed)
         for name, value in (("sparsity", sparsity), ("gated_share", gated_share)):
             if not 0 < value < 1:
                 raise ValueError(f"{name}={value} is no share: it must be between 0 and 1, such as 0.005.")
+        if not tuned_scale > 0:
+            raise ValueError(f"tuned_scale={tuned_scale} would tune nothing: it must be above 0, 1.0 by default.")
         self.sparsity = sparsity
         self.penalty = penalty
         self.gated_share = gated_share
+        self.tuned_scale = tuned_scale
         self.alpha = alpha
         self.gate_learning_rate = gate_learning_rate
 
@@ -159,7 +166,7 @@ class DiffPruning(Method):
         return model
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [DiffPruningCallback(self.sparsity, self.penalty, self.gated_share)]
+        return [DiffPruningCallback(self.sparsity, self.penalty, self.gated_share, self.tuned_scale)]
 
     def trainer_kwargs(self, model: PreTrainedModel | PeftModel, args: TrainingArguments) -> dict[str, Any]:
         """Groups for the optimizer that `args.optim` names: the gates have a rate of their own, the head its decay."""
@@ -208,29 +215,50 @@ class DiffPruningCallback(TrainerCallback):
         sparsity (`float`): Share of the body's parameters that is kept.
         penalty (`float`): Coefficient of the expected number of open gates.
         gated_share (`float`): Share of the steps before the projection.
+        tuned_scale (`float`, *optional*, defaults to 1.0): Of the learning rate after the projection.
     """
 
-    def __init__(self, sparsity: float, penalty: float, gated_share: float) -> None:
+    def __init__(self, sparsity: float, penalty: float, gated_share: float, tuned_scale: float = 1.0) -> None:
         self.sparsity = sparsity
         self.penalty = penalty
         self.gated_share = gated_share
+        self.tuned_scale = tuned_scale
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
     ) -> None:
         if args.fp16 and not args.max_grad_norm:
             raise ValueError(
                 "diff_pruning adds its penalty's gradient after the Trainer has unscaled the gradients, which under "
                 "fp16 it does when it clips them: set max_grad_norm (1.0 by default), or use bf16."
             )
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate may have wrapped it
+        if not isinstance(scheduler, LambdaLR):
+            raise ValueError(
+                f"diff_pruning goes through the schedule of rates once in each phase, which it cannot do with a "
+                f"{type(scheduler).__name__}: set lr_scheduler_type to linear, cosine or constant_with_warmup."
+            )
+        scheduler.lr_lambdas = [
+            in_two_phases(factor, self._gated_steps(state), state.max_steps, self.tuned_scale)
+            for factor in scheduler.lr_lambdas
+        ]
         for _, _, gate in gates(model):
             gate.follow()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step >= math.ceil(self.gated_share * state.max_steps):
+        if state.global_step >= self._gated_steps(state):
             self._project(model, kwargs.get("optimizer"))
+
+    def _gated_steps(self, state: TrainerState) -> int:
+        return math.ceil(self.gated_share * state.max_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -268,6 +296,26 @@ class DiffPruningCallback(TrainerCallback):
                 optimizer.state.pop(gate.difference, None)
                 optimizer.state.pop(gate.alpha, None)
             gate.alpha.grad = None
+
+
+def in_two_phases(
+    factor: Callable[[float], float], first: int, steps: int, scale: float = 1.0
+) -> Callable[[int], float]:
+    """A schedule that runs twice, at the pace that each phase needs for the whole of it.
+
+    Args:
+        factor (`Callable`): Of the learning rate, by step; made for `steps` steps.
+        first (`int`): Steps of the first phase.
+        steps (`int`): Of both.
+        scale (`float`, *optional*, defaults to 1.0): Of the rate in the second phase.
+    """
+
+    def at(step: int) -> float:
+        if step < first:
+            return factor(step * steps / first)
+        return scale * factor((step - first) * steps / max(1, steps - first))
+
+    return at
 
 
 def gates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, GatedDifference]]:
