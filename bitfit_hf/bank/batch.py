@@ -71,7 +71,7 @@ class Batch:
         self.results: dict[int, list[tuple[Any, Any]]] | None = None
         self.strangers: set[object] | None = None
         self.active: list[bool] = []
-        self._rows: dict[torch.device, torch.Tensor] = {}
+        self._rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         self._folded: dict[tuple[int, torch.device], torch.Tensor] = {}
         if len(members) > 1:
             self._gather()
@@ -79,8 +79,8 @@ class Batch:
     def _gather(self) -> None:
         table = torch.stack([member.rows_tensor for member in self.members])
         owners = self.owners(self.members, table.device)
-        self.active = table.any(dim=0).tolist()
-        self._rows[table.device] = table[owners].t().contiguous()  # (sites, examples)
+        self.active = table.amax(dim=0).bool().tolist()
+        self._rows[table.device] = table[owners].t().contiguous().unbind()  # one tensor per site, (examples,)
 
     def owners(self, members: Sequence[Member], device: torch.device) -> torch.Tensor:
         """For each example the place of its task in `members`, `(examples,)`; 0 where it is of none of these."""
@@ -92,15 +92,18 @@ class Batch:
 
     def folded(self, factor: int, device: torch.device) -> torch.Tensor:
         """The example that each of `examples * factor` rows belongs to, the example outermost."""
-        if (factor, device) not in self._folded:
-            self._folded[factor, device] = torch.arange(self.size, device=device).repeat_interleave(factor)
-        return self._folded[factor, device]
+        found = self._folded.get((factor, device))
+        if found is None:
+            found = torch.arange(self.size, device=device).repeat_interleave(factor)
+            self._folded[factor, device] = found
+        return found
 
     def rows(self, site: int, device: torch.device) -> torch.Tensor:
         """The row of each example in the table of a site, `(examples,)`."""
-        if device not in self._rows:
-            self._rows[device] = self._rows[torch.device("cpu")].to(device)
-        return self._rows[device][site]
+        rows = self._rows.get(device)
+        if rows is None:
+            rows = self._rows[device] = torch.stack(self._rows[torch.device("cpu")]).to(device).unbind()
+        return rows[site]
 
     @contextmanager
     def only(self, member: Member) -> Iterator[None]:
@@ -123,9 +126,8 @@ class Batch:
 _current: ContextVar[Batch | None] = ContextVar("bitfit_bank_batch", default=None)
 
 
-def current() -> Batch | None:
-    """The batch that this thread is running, if any."""
-    return _current.get()
+# The batch that this thread is running, if any. The method itself: every layer calls it.
+current = _current.get
 
 
 @contextmanager

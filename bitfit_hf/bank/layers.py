@@ -42,6 +42,9 @@ class BankedLayer:
         self._channel_axis = channel_axis(layer)
         self._own_forward = layer.forward
         self._stock = stock_class(layer)
+        self._transposed = self._stock is nn.Linear
+        self._single = len(self.sites) == 1
+        self._site = next(iter(self.sites.values()))
         self._product = self._stock in (nn.Linear, Conv1D) and "forward" not in vars(layer) and _is_plain(layer)
         self._read = tuple(name for name in self.sites if reads_bias(layer, name))
         if self._read:
@@ -92,7 +95,7 @@ class BankedLayer:
         if batch.alone is not None:
             result = self._own_forward(*args, **kwargs)
             return result if self._read else self._add_one(batch, result)
-        if batch.strangers is not None or not any(batch.active[site.number] for site in self.sites.values()):
+        if batch.strangers is not None or not self._tuned_in(batch):
             return batch.call_within(self, self._own_forward, *args, **kwargs)
         if self.batch_axis is None:
             raise TaskBankError(
@@ -101,28 +104,33 @@ class BankedLayer:
                 "this call."
             )
         if self._product and self.batch_axis == 0 and len(args) == 1 and not kwargs:
-            x = args[0]
-            if x.dtype == self.layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-                return self._product_per_example(batch, x)
+            x, weight = args[0], self.layer._parameters["weight"]
+            assert weight is not None
+            if x.dtype is weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                return self._product_per_example(batch, x, weight)
         return self._add_rows(batch, batch.call_within(self, self._own_forward, *args, **kwargs))
 
-    def _product_per_example(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
-        (site,) = self.sites.values()
-        stored, weight = self.base_bias("bias"), self.layer.weight
-        assert isinstance(weight, torch.Tensor)
-        matrix = weight.t() if self._stock is nn.Linear else weight
-        biases = site.effective_rows(batch.rows(site.number, x.device), stored, x.dtype)
-        tokens = x.shape[:-1].numel()
-        self._fold(batch, x.shape[0])
-        each = tokens // batch.size
+    def _product_per_example(self, batch: Batch, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        device, site, shape = x.device, self._site, x.shape
+        biases = site.effective_rows(batch.rows(site.number, device), self.layer._parameters["bias"], x.dtype)
+        each = self._fold(batch, shape[0]) * shape[1:-1].numel()
+        tokens = each * batch.size
         if tokens * site.size <= _SMALL_OUTPUT:
-            start = biases.index_select(0, batch.folded(each, x.device))
+            start = biases.index_select(0, batch.folded(each, device))
         else:
             start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
-        return start.addmm_(x.reshape(tokens, -1), matrix).view(*x.shape[:-1], site.size)
+        matrix = weight.t() if self._transposed else weight
+        return start.addmm_(x.reshape(tokens, -1), matrix).view(*shape[:-1], site.size)
+
+    def _tuned_in(self, batch: Batch) -> bool:
+        """Whether some task of a mixed batch tunes the layer."""
+        active = batch.active
+        if self._single:  # nearly every layer; the general form takes as long as a small operation
+            return active[self._site.number]
+        return any(active[site.number] for site in self.sites.values())
 
     def _add_rows(self, batch: Batch, result: torch.Tensor) -> torch.Tensor:
-        (site,) = self.sites.values()
+        site = self._site
         assert self.batch_axis is not None
         assert self._channel_axis is not None
         rows = site.delta_rows(batch.rows(site.number, result.device))
