@@ -154,6 +154,16 @@ def test_studies_share_runs_and_a_cell_is_the_union_of_its_parts(quick):
     assert alone[0].grid()[0].id in {run.id for run in both[0].grid()}
 
 
+def test_a_task_may_have_a_smaller_grid_and_a_part_another(quick):
+    tasks = {"quick": {**study_values()["tasks"]["quick"], "learning_rates": {"full": [1e-2, "1e-4"]}}}
+    part = {"tasks": ["quick"], "methods": ["full", "frozen"]}
+    config = quick.config(
+        tasks=tasks, studies={"table1": [part], "table3": [{**part, "learning_rates": {"full": [1e-3]}}]}
+    )
+    grids = [[cell.learning_rates for cell in plan.expand(config, [study])] for study in ("table1", "table3")]
+    assert grids == [[(1e-4, 1e-2), tuple(RATES)], [(1e-3,), tuple(RATES)]]
+
+
 def test_a_plan_is_complete(quick):
     (full, frozen) = plan.expand(quick.config(), ["table3"])
     assert full.size + frozen.size == 2 * (3 + 2)
@@ -249,6 +259,10 @@ def test_every_command_in_the_header_plans(tmp_path, capsys):
         ({"epochs": 3}, "unknown fields epochs"),
         ({"methods": {"full": {"learning_rates": ["fast"]}}}, "wrong form"),
         ({"tasks": {"quick": {"columns": {}}}}, "wrong form"),
+        (
+            {"tasks": {"quick": {"recipe": "r", "columns": {"A": "a"}, "learning_rates": {"nope": [1]}}}},
+            "task quick: learning rates of nope",
+        ),
     ],
 )
 def test_a_study_config_that_cannot_be(quick, changes, message):

@@ -151,9 +151,12 @@ def expand(config: StudyConfig, studies: Iterable[str]) -> list[Cell]:
     parts = [part for study in studies for part in config.parts(study)]
     for number, part in enumerate(parts):
         for key in itertools.product(part.models, part.tasks, part.methods):
+            _, task, method = key
             for seed in part.seeds:
                 seeds.setdefault(key, {}).setdefault(seed, number)
-            rates.setdefault(key, set()).update(part.learning_rates.get(key[2], config.methods[key[2]].learning_rates))
+            grids = (part.learning_rates, config.tasks[task].learning_rates)  # the nearer one first
+            grid = next((one[method] for one in grids if method in one), config.methods[method].learning_rates)
+            rates.setdefault(key, set()).update(grid)
     return [
         Cell(
             config.models[model],

@@ -15,14 +15,14 @@ studies:
 ```
 
 A study is a list of parts, and the order of the parts is the order of the runs: what comes first is done first, so
-that a sweep that is cut short leaves a useful table. A part may give `learning_rates` by method, in place of the whole
-grid, for runs that are too long for it.
+that a sweep that is cut short leaves a useful table. A task may give `learning_rates` by method, in place of the
+method's grid, for runs that are too long for the whole of it; so may a part.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Task:
         tokens (`float`, *optional*): Mean length of an example, in tokens.
         in_percent (`bool`, *optional*, defaults to `False`): Whether the recipe's metrics go from 0 to 100.
         paper (`bool`, *optional*, defaults to `True`): Whether the paper's figures are of this data set.
+        learning_rates (`dict[str, tuple[float, ...]]`, *optional*): By method, in place of the method's grid.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Task:
     tokens: float | None = None
     in_percent: bool = False
     paper: bool = True
+    learning_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -198,12 +200,20 @@ def _parse(values: Any) -> StudyConfig:
     shared = values.get("arguments") or {}
     models = {name: _make(Model, name, entry) for name, entry in values["models"].items()}
     tasks = {
-        name: _make(Task, name, {**entry, "arguments": {**shared, **(entry.get("arguments") or {})}})
+        name: _make(
+            Task,
+            name,
+            {
+                **entry,
+                "arguments": {**shared, **(entry.get("arguments") or {})},
+                "learning_rates": _grids(entry.get("learning_rates")),
+            },
+        )
         for name, entry in values["tasks"].items()
     }
     methods = {name: _make(Method, name, entry) for name, entry in values["methods"].items()}
-    methods = {  # YAML takes 1e-3, without a point, for text
-        name: dataclasses.replace(method, learning_rates=tuple(sorted(float(rate) for rate in method.learning_rates)))
+    methods = {
+        name: dataclasses.replace(method, learning_rates=_grid(method.learning_rates))
         for name, method in methods.items()
     }
     studies = {
@@ -243,11 +253,16 @@ def _part(entry: Any, study: str, models: tuple[str, ...]) -> Part:
         tasks=tuple(entry["tasks"]),
         methods=tuple(entry["methods"]),
         seeds=tuple(int(seed) for seed in entry.get("seeds", [0])),
-        learning_rates={
-            method: tuple(sorted(float(rate) for rate in rates))
-            for method, rates in (entry.get("learning_rates") or {}).items()
-        },
+        learning_rates=_grids(entry.get("learning_rates")),
     )
+
+
+def _grid(rates: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(sorted(float(rate) for rate in rates))  # YAML takes 1e-3, without a point, for text
+
+
+def _grids(entry: Mapping[str, Iterable[Any]] | None) -> dict[str, tuple[float, ...]]:
+    return {method: _grid(rates) for method, rates in (entry or {}).items()}
 
 
 def _problems(config: StudyConfig) -> list[str]:
@@ -258,6 +273,9 @@ def _problems(config: StudyConfig) -> list[str]:
         found.append(f"score {config.score!r}: one of {', '.join(SCORES)}")
     found += [f"method {name} has no learning rates" for name, m in config.methods.items() if not m.learning_rates]
     found += [f"task {name} has no columns" for name, task in config.tasks.items() if not task.columns]
+    for name, task in config.tasks.items():
+        unknown = [method for method in task.learning_rates if method not in config.methods]
+        found += [f"task {name}: learning rates of {method}, which is not defined" for method in unknown]
     found += [f"unknown study {name}: one of {', '.join(STUDIES)}" for name in config.studies if name not in STUDIES]
     for study, parts in config.studies.items():
         for part in parts:
