@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import quickstart
 import torch
+from baselines import make_method
 from datasets import Dataset
 from safetensors.torch import load_file
 from study.packing import block_losses, collate, held_out, pack, perplexity
@@ -35,6 +36,7 @@ CONFIGS = {
     "qwen2": lambda size: Qwen2Config(vocab_size=size, hidden_size=16, max_position_embeddings=64, **SMALL),
     "llama": lambda size: LlamaConfig(vocab_size=size, hidden_size=16, max_position_embeddings=64, **SMALL),
 }
+OPTIONS = {"adapter": ["bottleneck=4"], "diff_pruning": ["gated_share=0.25"]}
 TEXTS = [f"The {i}th visitor paid {7 * i} coins and left by the door of day {i % 5}." for i in range(40)]
 
 
@@ -129,14 +131,24 @@ def test_a_model_without_biases_is_an_error_that_names_the_remedy(models, texts,
         causal_lm.main(argv(models["llama"], tmp_path, "--data_dir", str(texts)))
 
 
-@pytest.mark.parametrize("method", ["lora", "rand_uniform"])
-def test_other_methods(method, models, texts, tmp_path):
-    run = argv(models["qwen2"], tmp_path, "--data_dir", str(texts), "--method", method, "--max_steps", "2")
-    record = causal_lm.main(run)
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("method", ["lora", "rand_uniform", "rand_row_col", "diff_pruning", "adapter"])
+def test_other_methods(method, name, models, texts, tmp_path):
+    options = ["--learning_rate", "1e-2", "--lr_scheduler", "constant"]
+    options += ["--method_options", *OPTIONS[method]] if method in OPTIONS else []
+    data = ["--data_dir", str(texts), "--method", method, "--max_steps", "4"]
+    record = causal_lm.main(argv(models[name], tmp_path, *data, *options))
     assert record.method == method
     assert record.trainable["head"] == 0
     assert 0 < record.trainable["body"] < record.trainable["base"] / 10
-    assert record.history[-1]["step"] == 2
+    assert record.history[-1]["step"] == 4
+    # What it has stored goes onto the stock base, and changes what that computes.
+    base = AutoModelForCausalLM.from_pretrained(models[name]).eval()
+    rows = AutoTokenizer.from_pretrained(models[name])(TEXTS[:4], return_tensors="pt", padding=True)["input_ids"]
+    before = base(rows).logits
+    given = dict(option.split("=") for option in OPTIONS.get(method, []))
+    tuned = make_method(method, **{key: json.loads(value) for key, value in given.items()}).load(base, tmp_path)
+    assert not torch.equal(tuned.eval()(rows).logits, before)
 
 
 @pytest.mark.parametrize(
