@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 import threading
 from pathlib import Path
-from types import ModuleType
 
+import benchmark_serving
 import pytest
 import quickstart
 import serve_many_tasks
@@ -21,15 +19,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from bitfit_hf import BiasDelta, BitFitConfig, TaskBank, TaskBankError
 
 RECIPES = Path(serve_many_tasks.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("serve_benchmark", RECIPES / "benchmarks" / "serve.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +80,10 @@ def test_the_queue_fills_batches(study_base, task_dir):
     assert requests.sizes == {4: 2}
 
 
-def test_the_benchmark_writes_figures_and_a_plot(benchmark, study_base, tmp_path):
+def test_the_benchmark_writes_figures_and_a_plot(study_base, tmp_path):
     out = tmp_path / "results" / "serve.json"
     options = ["--tasks", "1", "4", "--shapes", "1x4", "3x5", "--rounds", "2", "--warmup", "0", "--bert_tasks", "0"]
-    benchmark.main([*options, "--merged_models", "2", "--model", study_base, "--output", str(out)])
+    benchmark_serving.main([*options, "--merged_models", "2", "--model", study_base, "--output", str(out)])
     record = json.loads(out.read_text())
     rows = record["throughput"]
     assert {row["system"] for row in rows} == {"base", "bank", "merged", "lora"}
@@ -108,9 +97,9 @@ def test_the_benchmark_writes_figures_and_a_plot(benchmark, study_base, tmp_path
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_system_of_the_benchmark_answers_for_its_tasks(benchmark, study_base):
+def test_every_system_of_the_benchmark_answers_for_its_tasks(study_base):
     """What is timed does what it says: each example is computed with its own task."""
-    systems = benchmark.Systems(study_base, 4)
+    systems = benchmark_serving.Systems(study_base, 4)
     systems.grow(3)
     ids = torch.randint(1000, 2000, (4, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -132,10 +121,9 @@ def test_every_system_of_the_benchmark_answers_for_its_tasks(benchmark, study_ba
         assert sorted(seen) == sorted(len(where) for where in rows.values())
 
 
-@pytest.mark.parametrize("script", ["serve_many_tasks.py", "benchmarks/serve.py"])
-def test_the_commands_in_the_headers_parse(benchmark, script):
-    module = benchmark if "benchmarks" in script else serve_many_tasks
-    pattern = rf"^    python recipes/{re.escape(script)}([^#\n]*)(?:#.*)?$"
+@pytest.mark.parametrize("module", [serve_many_tasks, benchmark_serving], ids=lambda module: module.__name__)
+def test_the_commands_in_the_headers_parse(module):
+    pattern = rf"^    python recipes/{module.__name__}\.py([^#\n]*)(?:#.*)?$"
     commands = re.findall(pattern, module.__doc__, flags=re.MULTILINE)
     assert len(commands) == 3
     for command in commands:

