@@ -23,7 +23,12 @@ def dequantised(module: nn.Module) -> torch.Tensor:
         return dequantize_4bit(*_in_stored_order(module.weight))
     from peft.utils.integrations import dequantize_module_weight
 
-    return dequantize_module_weight(module)
+    weight = module.weight
+    try:
+        return dequantize_module_weight(module)
+    finally:
+        if module.weight is not weight:  # of 8-bit layers on a CPU PEFT makes another, which has lost its scales
+            module.weight = weight
 
 
 def keep_trainable(model: nn.Module) -> None:
@@ -39,6 +44,28 @@ def keep_trainable(model: nn.Module) -> None:
             if _is_rearranged(layer):
                 layer.weight.data, layer.weight.quant_state = _in_stored_order(layer.weight)
                 layer.quant_state = layer.weight.quant_state
+
+
+def shared_state(model: nn.Module) -> dict[int, Any]:
+    """What quantised layers keep beside their parameters and buffers, by `id`: the memo of a copy that shares it.
+
+    An 8-bit layer of bitsandbytes takes its scales off the weight at its first forward pass. Of two layers that share
+    a weight the second would find none, so this has every layer take them now.
+
+    Args:
+        model (`nn.Module`): Quantised or not.
+    """
+    memo: dict[int, Any] = {}
+    layer: Any
+    for layer in model.modules():
+        if getattr(getattr(layer, "weight", None), "CB", None) is not None and hasattr(layer, "init_8bit_state"):
+            layer.init_8bit_state()
+        if (scales := getattr(layer, "quant_state", None)) is not None:
+            memo[id(scales)] = scales
+        state = getattr(layer, "state", None)  # has more in it than tensors, what the last call has left among it
+        kept = vars(state).values() if hasattr(state, "__dict__") else ()
+        memo |= {id(value): value for value in kept if isinstance(value, torch.Tensor)}
+    return memo
 
 
 def _is_rearranged(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from trainer_tester import Tensors, losses, moved, same, trainer_for, tuned
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from tuner_tester import base_tensors, fill_, identical, same_tensors
 
-from bitfit_hf import BaseModelMismatchError, BitFitCallback, BitFitConfig, load_delta
+from bitfit_hf import BaseModelMismatchError, BiasDelta, BitFitCallback, BitFitConfig, TaskBank, load_delta
 from bitfit_hf.fingerprint import QUANTIZED, QUANTIZED_TOLERANCE, decode, differences
 from bitfit_hf.quantised import dequantised
 
@@ -417,3 +417,57 @@ def test_added_biases(kind: str, dtype: torch.dtype, llama: Path, tmp_path: Path
     assert merged.config.attention_bias
     assert merged.config.mlp_bias
     assert torch.equal(logits(merged), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_reading_the_weights_of_a_base_in_use_leaves_it_usable(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    BiasDelta.from_model(fill_(get_peft_model(load(checkpoint), BitFitConfig()))).save_pretrained(tmp_path)
+    model = load(checkpoint, kind)
+    before = answer(model)
+    weights = dict(model.named_parameters())
+    for module in model.modules():
+        if hasattr(module, "weight") and (hasattr(module, "state") or hasattr(module, "quant_state")):
+            dequantised(module)
+    assert all(parameter is weights[name] for name, parameter in model.named_parameters())
+    assert identical(answer(model), before)
+    load_delta(model, tmp_path)  # compares fingerprints
+    assert not identical(answer(model), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rearrange", [False, True])
+@pytest.mark.parametrize("used", [False, True], ids=["fresh base", "used base"])
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_a_bank_on_a_quantised_base(kind: str, used: bool, rearrange: bool, checkpoint: Path) -> None:
+    tuned_models = (fill_(get_peft_model(load(checkpoint, kind), BitFitConfig()), seed=seed) for seed in range(2))
+    deltas = [BiasDelta.from_model(model) for model in tuned_models]
+    ids = torch.stack([row["input_ids"] for row in rows(5)])
+    base = load(checkpoint, kind, rearrange=rearrange)
+    before = base(ids).logits if used else None
+    bank = TaskBank(base)
+    for number, delta in enumerate(deltas):
+        bank.add_task(str(number), delta)
+    tasks = ["0", "1", None, "1", "0"]
+    mixed = bank(input_ids=ids, tasks=tasks).logits
+    # 8-bit and bf16 kernels round more where a row stands in a larger batch.
+    tolerance = 0.1 if kind in ("8-bit", "nested 4-bit") or rearrange else 1e-5
+    plain = base(ids).logits  # works beside the bank
+    assert before is None or torch.allclose(plain, before, atol=tolerance)
+    for example, task in enumerate(tasks):
+        alone = load(checkpoint, kind, rearrange=rearrange)
+        if task is not None:
+            deltas[int(task)].apply_(alone)
+        expected = alone(ids[example : example + 1]).logits[0]
+        assert torch.allclose(mixed[example], expected, atol=tolerance)
+        assert task is None or (expected - plain[example]).abs().max() > 1
+    # Nothing of the base is held twice.
+    mine = {id(value) for module in base.modules() for value in held(module)}
+    assert all(id(value) in mine for module in bank._base.model.modules() for value in held(module))
+
+
+def held(module: nn.Module) -> list[torch.Tensor]:
+    """The tensors of a layer, and those of its quantisation."""
+    states = [getattr(module, name, None) for name in ("state", "quant_state")]
+    kept = [getattr(state, name, None) for state in states for name in ("CB", "SCB", "absmax", "code")]
+    return [value for value in (*module._parameters.values(), *kept) if isinstance(value, torch.Tensor)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..applying import LEDGERS
 from ..errors import TaskBankError, UnknownHeadError
+from ..quantised import shared_state
 from ..terms import Bias, find_biases, head_modules
 from ..terms.structure import stock_root, walk
 from .batch import Batch, Member, running
@@ -231,7 +232,7 @@ def _head(model: PreTrainedModel) -> list[str]:
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A deep copy of everything but the tensors, which it shares."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} | shared_state(model)
     twin = copy.deepcopy(model, memo).eval()
     for module in twin.modules():
         config: Any = getattr(module, "config", None)
