@@ -303,6 +303,53 @@ def test_a_base_in_half_precision(setting):
         torch.testing.assert_close(out.logits[example], expected, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_batches_go_another_way_to_the_same_answer(setting, monkeypatch, dtype):
+    """Copying row by row below a size, by all threads above it."""
+    bank = TaskBank(setting.base, dtype=dtype)
+    for name in TASKS[:5]:
+        bank.add_task(name, setting.deltas[name])
+    encoded, tasks = text(6), [*TASKS[:5], None]
+    small = bank(**encoded, tasks=tasks)
+    monkeypatch.setattr("bitfit_hf.bank.layers._SMALL_OUTPUT", 0)
+    large = bank(**encoded, tasks=tasks)
+    for one, other in zip(small, large, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6)
+
+
+def test_under_autocast(setting):
+    """Products are then computed in another dtype than the weights', by the layer's own code."""
+    tasks = [TASKS[0], None, TASKS[1], TASKS[0]]
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = setting.bank(**text(4), tasks=tasks)
+        for example, task in enumerate(tasks):
+            for name, value in answers[example].items():
+                expected = setting.alone(task, text(4))[name][example]
+                torch.testing.assert_close(value.float(), expected.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 2])])
+def test_rows_that_hold_the_base_stand_for_the_same_biases(index):
+    """Tables in float32 keep `b_0 + δ` where a product starts from it."""
+    from bitfit_hf.bank.sites import Site
+    from bitfit_hf.terms import find_biases
+
+    biases = [bias for bias in find_biases(bert_base()) if bias.term == "query"][:1]
+    plain, holding = (Site(0, biases, torch.float32, torch.device("cpu")) for _ in range(2))
+    size = plain.size
+    base, delta = torch.randn(size), torch.randn(size if index is None else len(index))
+    holding.hold(base)
+    for site in (plain, holding):
+        for _ in range(40):  # past the first capacity
+            site.write(site.take(), delta, index)
+    rows = torch.tensor([0, 40, 1])
+    assert torch.equal(holding.effective_rows(rows, base, torch.float32), plain.effective_rows(rows, base, base.dtype))
+    assert torch.equal(holding.effective(40, base, torch.bfloat16), plain.effective(40, base, torch.bfloat16))
+    torch.testing.assert_close(holding.delta_rows(rows), plain.delta_rows(rows), rtol=0, atol=1e-6)
+    assert not holding.delta_rows(rows)[0].any()
+
+
 # --- one pass --------------------------------------------------------------------------------------------------------
 
 

@@ -178,7 +178,7 @@ class Base:
             for site in usable:
                 deltas = 0.1 * torch.randn((3, site.size), generator=generator)
                 deltas[0] = 0
-                site.table = deltas.to(site.table)
+                site.table = deltas.to(site.table) + site.table  # row 0 is the base's
             mixed = self._outputs(trial, Batch(members, size), inputs)
             worst, change = 0.0, 0.0
             owners = {example: member for member in members for example in member.examples}

@@ -73,22 +73,24 @@ class Batch:
         self.active: list[bool] = []
         self._rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         self._folded: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._repeated: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
         if len(members) > 1:
             self._gather()
 
     def _gather(self) -> None:
         table = torch.stack([member.rows_tensor for member in self.members])
-        owners = self.owners(self.members, table.device)
+        owners = torch.tensor(self.owners(self.members))
         self.active = table.amax(dim=0).bool().tolist()
-        self._rows[table.device] = table[owners].t().contiguous().unbind()  # one tensor per site, (examples,)
+        self._matrix = table[owners].t().contiguous()  # (sites, examples)
+        self._rows[table.device] = self._matrix.unbind()
 
-    def owners(self, members: Sequence[Member], device: torch.device) -> torch.Tensor:
-        """For each example the place of its task in `members`, `(examples,)`; 0 where it is of none of these."""
+    def owners(self, members: Sequence[Member]) -> list[int]:
+        """For each example the place of its task in `members`; 0 where it is of none of these."""
         places = [0] * self.size
         for place, member in enumerate(members):
             for example in member.examples:
                 places[example] = place
-        return torch.tensor(places, device=device)
+        return places
 
     def folded(self, factor: int, device: torch.device) -> torch.Tensor:
         """The example that each of `examples * factor` rows belongs to, the example outermost."""
@@ -102,8 +104,16 @@ class Batch:
         """The row of each example in the table of a site, `(examples,)`."""
         rows = self._rows.get(device)
         if rows is None:
-            rows = self._rows[device] = torch.stack(self._rows[torch.device("cpu")]).to(device).unbind()
+            rows = self._rows[device] = self._matrix.to(device).unbind()
         return rows[site]
+
+    def repeated_rows(self, factor: int, site: int, device: torch.device) -> torch.Tensor:
+        """[`~Batch.rows`] for each of `examples * factor` rows, the example outermost."""
+        found = self._repeated.get((factor, device))
+        if found is None:
+            found = self._matrix.to(device).repeat_interleave(factor, dim=1).unbind()
+            self._repeated[factor, device] = found
+        return found[site]
 
     @contextmanager
     def only(self, member: Member) -> Iterator[None]:

@@ -72,9 +72,8 @@ class BankedHead(nn.Module):
                 "which belong to which. Ask for one task per call."
             )
         if self._small_linear and factor == 1 and len(args) == 1 and not kwargs and first.dim() in (2, 3):
-            return _product_per_example(
-                [leaf for _, leaf in tasks], batch.owners([m for m, _ in tasks], device), first
-            )
+            owners = batch.owners([member for member, _ in tasks])
+            return _product_per_example([tasks[place][1] for place in owners], first)
         result = None
         for member, leaf in tasks:
             where = _rows(member.index(device), factor)
@@ -96,15 +95,15 @@ class BankedHead(nn.Module):
             return getattr(self._pattern[0], name)
 
 
-def _product_per_example(leaves: Sequence[nn.Module], owners: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def _product_per_example(leaves: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """Each example's rows of `x`, `(examples, ..., in)`, through its own Linear."""
-    weight = torch.stack([leaf.weight for leaf in leaves])[owners].transpose(1, 2)  # type: ignore[misc]
+    weights, biases = ([leaf._parameters[name] for leaf in leaves] for name in ("weight", "bias"))
+    weight = torch.stack(weights).transpose(1, 2)  # type: ignore[arg-type]
     rows = x if x.dim() == 3 else x.unsqueeze(1)
-    if leaves[0].bias is None:
+    if biases[0] is None:
         result = torch.bmm(rows, weight)
     else:
-        bias = torch.stack([leaf.bias for leaf in leaves])[owners]  # type: ignore[misc]
-        result = torch.baddbmm(bias.unsqueeze(1), rows, weight)
+        result = torch.baddbmm(torch.stack(biases).unsqueeze(1), rows, weight)  # type: ignore[arg-type]
     return result if x.dim() == 3 else result.squeeze(1)
 
 

@@ -49,6 +49,10 @@ class BankedLayer:
         self._read = tuple(name for name in self.sites if reads_bias(layer, name))
         if self._read:
             install(layer, self._read, owner=self)
+        if self._product and self._single and self._site.exists and self._site.held is None:
+            bias = self.base_bias(self._site.name.rpartition(".")[2])
+            if bias is not None and bias.dtype is torch.float32 is self._site.table.dtype:
+                self._site.hold(bias)
         layer.forward = self.forward  # type: ignore[method-assign]
 
     @property
@@ -112,13 +116,17 @@ class BankedLayer:
 
     def _product_per_example(self, batch: Batch, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         device, site, shape = x.device, self._site, x.shape
-        biases = site.effective_rows(batch.rows(site.number, device), self.layer._parameters["bias"], x.dtype)
         each = self._fold(batch, shape[0]) * shape[1:-1].numel()
         tokens = each * batch.size
-        if tokens * site.size <= _SMALL_OUTPUT:
-            start = biases.index_select(0, batch.folded(each, device))
+        small = tokens * site.size <= _SMALL_OUTPUT
+        if small and site.held is not None:
+            start = site.table.index_select(0, batch.repeated_rows(each, site.number, device))
         else:
-            start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
+            biases = site.effective_rows(batch.rows(site.number, device), self.layer._parameters["bias"], x.dtype)
+            if small:
+                start = biases.index_select(0, batch.folded(each, device))
+            else:
+                start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
         matrix = weight.t() if self._transposed else weight
         return start.addmm_(x.reshape(tokens, -1), matrix).view(*shape[:-1], site.size)
 

@@ -14,10 +14,11 @@ _FIRST_CAPACITY = 16
 class Site:
     """One bias vector of the base with the deltas of all tasks, in one tensor.
 
-    Row 0 of the table is zero: the base, and every task that does not tune this bias. Rows are given to tasks and
-    taken back; a table that is full grows by an eighth, which keeps what is reserved near what is used, and its sites
-    do so at different moments, so that no task waits for all of them. A row is written while no request uses it, and
-    a grown table has every row where it was, so requests read the table without a lock.
+    Row 0 of the table is the base, and every task that does not tune this bias: zero, or `b_0` where rows hold it (see
+    [`~Site.hold`]). Rows are given to tasks and taken back; a table that is full grows by an eighth, which keeps what
+    is reserved near what is used, and its sites do so at different moments, so that no task waits for all of them. A
+    row is written while no request uses it, and a grown table has every row where it was, so requests read the table
+    without a lock.
 
     Args:
         number (`int`): Its place among the base's sites.
@@ -36,9 +37,23 @@ class Site:
         self.exists = biases[0].exists
         self.size = torch.Size(self.shape).numel()
         self.table = torch.zeros((1, self.size), dtype=dtype, device=device)
+        self.held: torch.Tensor | None = None
         self._limit = limit
         self._free: list[int] = []
         self._next = 1
+
+    def hold(self, base: torch.Tensor) -> None:
+        """From now on a row is `b_0 + δ`, so that whoever needs the effective bias has nothing to add.
+
+        It is the same sum, formed once in float32 instead of in each request. For tables of another dtype it would
+        not be: δ is far smaller than `b_0`, and rounded with it would lose its digits.
+
+        Args:
+            base (`torch.Tensor`): `b_0`; a copy is kept.
+        """
+        assert len(self.table) == 1
+        self.held = base.detach().flatten().to(self.table, copy=True)
+        self.table[0] = self.held
 
     # --- rows ---
 
@@ -63,12 +78,12 @@ class Site:
         """
         if row >= len(self.table):
             self._grow(row + 1)
-        if index is None:
-            self.table[row] = delta.flatten().to(self.table)
-        else:
-            whole = torch.zeros(self.size, dtype=self.table.dtype)
-            whole[index] = delta.flatten().to(whole)
-            self.table[row] = whole.to(self.table)
+        values = delta.flatten().to(self.table)
+        if index is not None:
+            whole = values.new_zeros(self.size)
+            whole[index.to(whole.device)] = values
+            values = whole
+        self.table[row] = values if self.held is None else self.held + values
 
     def _grow(self, needed: int) -> None:
         first = _FIRST_CAPACITY + self.number % _FIRST_CAPACITY
@@ -84,24 +99,31 @@ class Site:
 
     def effective(self, row: int, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`b_0 + δ` of one task, formed in float32 or finer and cast once to `dtype`."""
-        delta = self.table[row]
+        total = self.table[row]
         if len(self.shape) > 1:
-            delta = delta.view(self.shape)
-        if delta.dtype is not torch.float32:
-            delta = delta.float()
-        total = delta if base is None else base + delta
+            total = total.view(self.shape)
+        if self.held is None:
+            if total.dtype is not torch.float32:
+                total = total.float()
+            if base is not None:
+                total = base + total
         return total if total.dtype is dtype else total.to(dtype)
 
     def effective_rows(self, rows: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`b_0 + δ` of each example, `(examples, size)`, a tensor of its own."""
-        total = self.delta_rows(rows)
-        if base is not None:
-            total = base + total if base.dtype is torch.float64 else total.add_(base)
+        if self.held is not None:
+            total = self.table.index_select(0, rows)
+        else:
+            total = self.delta_rows(rows)
+            if base is not None:
+                total = base + total if base.dtype is torch.float64 else total.add_(base)
         return total if total.dtype is dtype else total.to(dtype)
 
     def delta_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """`δ` of each example, `(examples, size)`, float32, a tensor of its own."""
         deltas = self.table.index_select(0, rows)
+        if self.held is not None:
+            return deltas.sub_(self.held)
         return deltas if deltas.dtype is torch.float32 else deltas.float()
 
     # --- memory ---
