@@ -41,7 +41,7 @@ def pack(
     if separate and tokenizer.eos_token_id is None:
         raise ValueError(
             f"{type(tokenizer).__name__} has no end-of-text token (`eos_token`) to put between texts: pack them "
-            "without one."
+            "without one, by `--separate_texts False`."
         )
     end = [tokenizer.eos_token_id] if separate else []
 
