@@ -49,10 +49,9 @@ class BankedLayer:
         self._read = tuple(name for name in self.sites if reads_bias(layer, name))
         if self._read:
             install(layer, self._read, owner=self)
-        if self._product and self._single and self._site.exists and self._site.held is None:
-            bias = self.base_bias(self._site.name.rpartition(".")[2])
-            if bias is not None and bias.dtype is torch.float32 is self._site.table.dtype:
-                self._site.hold(bias)
+        bias = self.base_bias("bias") if self._product and self._site.held is None else None
+        if bias is not None and bias.dtype is torch.float32 is self._site.table.dtype:
+            self._site.hold(bias)
         layer.forward = self.forward  # type: ignore[method-assign]
 
     @property
