@@ -137,6 +137,9 @@ def _by_size(cells: Sequence[Cell], context: Context) -> tuple[list[str], Figure
             sizes, 100 * means, 100 * deviations, marker="o", capsize=3, color=COLORS.get(method), label=label
         )
     axis.set_xscale("log")
+    ticks = sorted({size for found in points.values() for size, *_ in found})
+    axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    axis.minorticks_off()  # the powers of ten that a log scale writes run into each other
     axis.set_xlabel("training questions")
     axis.set_ylabel("exact match")
     axis.legend(frameon=False)
