@@ -71,9 +71,8 @@ class Batch:
         self.results: dict[int, list[tuple[Any, Any]]] | None = None
         self.strangers: set[object] | None = None
         self.active: list[bool] = []
-        self._rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        self._rows: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
         self._folded: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._repeated: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
         if len(members) > 1:
             self._gather()
 
@@ -82,7 +81,6 @@ class Batch:
         owners = torch.tensor(self.owners(self.members))
         self.active = table.amax(dim=0).bool().tolist()
         self._matrix = table[owners].t().contiguous()  # (sites, examples)
-        self._rows[table.device] = self._matrix.unbind()
 
     def owners(self, members: Sequence[Member]) -> list[int]:
         """For each example the place of its task in `members`; 0 where it is of none of these."""
@@ -100,19 +98,12 @@ class Batch:
             self._folded[factor, device] = found
         return found
 
-    def rows(self, site: int, device: torch.device) -> torch.Tensor:
-        """The row of each example in the table of a site, `(examples,)`."""
-        rows = self._rows.get(device)
-        if rows is None:
-            rows = self._rows[device] = self._matrix.to(device).unbind()
-        return rows[site]
-
-    def repeated_rows(self, factor: int, site: int, device: torch.device) -> torch.Tensor:
-        """[`~Batch.rows`] for each of `examples * factor` rows, the example outermost."""
-        found = self._repeated.get((factor, device))
+    def rows(self, site: int, device: torch.device, factor: int = 1) -> torch.Tensor:
+        """The row in the table of a site of each of `examples * factor` rows, the example outermost."""
+        found = self._rows.get((factor, device))
         if found is None:
             found = self._matrix.to(device).repeat_interleave(factor, dim=1).unbind()
-            self._repeated[factor, device] = found
+            self._rows[factor, device] = found
         return found[site]
 
     @contextmanager

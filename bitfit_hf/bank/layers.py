@@ -119,7 +119,7 @@ class BankedLayer:
         tokens = each * batch.size
         small = tokens * site.size <= _SMALL_OUTPUT
         if small and site.held is not None:
-            start = site.table.index_select(0, batch.repeated_rows(each, site.number, device))
+            start = site.table.index_select(0, batch.rows(site.number, device, each))
         else:
             biases = site.effective_rows(batch.rows(site.number, device), self.layer._parameters["bias"], x.dtype)
             if small:
