@@ -8,16 +8,16 @@ from __future__ import annotations
 __version__ = "0.1.0.dev0"
 
 from . import errors
-from .analysis import bias_change, plot_bias_change
+from .analysis import bias_change
 from .bank import TaskBank
-from .callback import BitFitCallback
 from .config import BitFitConfig
 from .delta import BiasDelta, load_delta
 from .errors import *  # noqa: F403
-from .fingerprint import base_mismatch
 from .hub import push_to_hub
-from .lean import recompute_activations
-from .optim import optimizer_groups
+from .plot import plot_bias_change
+from .recompute import recompute_activations
+from .storage.fingerprint import base_mismatch
+from .trainer import BitFitCallback, optimizer_groups
 from .tuner import BitFitLayer, BitFitModel
 from .tuner.registration import register
 

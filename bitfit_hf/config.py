@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,9 +12,9 @@ import torch
 from peft import PeftConfig, TaskType
 
 from .errors import ConfigError, collect
-from .files import digest
-from .run import TrainingRun
+from .storage.files import digest
 from .terms import resolve_terms
+from .training_run import TrainingRun
 
 
 class BitFitPeftType(str, Enum):
@@ -61,7 +62,7 @@ class BitFitConfig(PeftConfig):
         base_fingerprint (`dict`, *optional*):
             What identifies the checkpoint that the delta belongs to; filled in at injection.
         bias_layout (`dict[str, str]`, *optional*):
-            Which term and layer each tuned tensor is, see [`bitfit_hf.layout`]; filled in at injection.
+            Which term and layer each tuned tensor is, see [`bitfit_hf.storage.bias_layout`]; filled in at injection.
         weights_digest (`str`, *optional*):
             SHA-256 over the tensors saved with this configuration; ties the two files of one save together.
         base_num_parameters (`int`, *optional*):
@@ -196,7 +197,7 @@ class BitFitConfig(PeftConfig):
         return self._size_of_last_state
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json` and, beside it, the model card.
+        """Writes `adapter_config.json`, and what belongs beside it: the model card, see [`after_save`].
 
         Every stock way of saving a delta comes by here, PEFT's with a card of its own in the folder already.
 
@@ -206,9 +207,7 @@ class BitFitConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         if self.bias_layout:  # else nothing was trained yet
-            from .card import write_card
-
-            write_card(save_directory, self)
+            run_after_save(save_directory, self)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`."""
@@ -228,6 +227,29 @@ class BitFitConfig(PeftConfig):
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"adapter_config.json: `base_model_name_or_path` must be a string, got {name!r}.")
         return super().check_kwargs(**kwargs)
+
+
+# What is called with the folder, the configuration and, where it is at hand, the delta as a value.
+AfterSave = Callable[[str | os.PathLike[str], BitFitConfig, Any], None]
+_after_save: list[AfterSave] = []
+
+
+def after_save(hook: AfterSave) -> AfterSave:
+    """Has `hook` called whenever a delta's configuration has been saved, whichever way. Usable as a decorator."""
+    _after_save.append(hook)
+    return hook
+
+
+def run_after_save(folder: str | os.PathLike[str], config: BitFitConfig, delta: Any = None) -> None:
+    """Calls the hooks of [`after_save`].
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the configuration has been saved.
+        config ([`BitFitConfig`]): The configuration.
+        delta ([`BiasDelta`], *optional*): The delta as a value, where it is at hand.
+    """
+    for hook in _after_save:
+        hook(folder, config, delta)
 
 
 def _canonical(bias_terms: str | Sequence[str]) -> str | list[str]:

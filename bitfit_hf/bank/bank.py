@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import DeltaMismatchError, TaskBankError, collect
-from ..fingerprint import OnMismatch
+from ..storage.fingerprint import OnMismatch
 from ..tuner.head import Labels
 from ..tuner.layer import span_index
 from .base import Base

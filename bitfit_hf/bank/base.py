@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..applying import LEDGERS
+from ..backends.quantized import shared_state
+from ..delta.applying import LEDGERS
 from ..errors import TaskBankError, UnknownHeadError
-from ..quantised import shared_state
 from ..terms import Bias, find_biases, head_modules
 from ..terms.structure import stock_root, walk
 from .batch import Batch, Member, running

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, BitFitError, DeltaMismatchError, TaskBankError, collect
-from ..fingerprint import OnMismatch, check_base
+from ..storage.fingerprint import OnMismatch, check_base
 from ..terms import head_modules
 from ..terms.structure import walk
 from ..tuner.reading import stock_class

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import TaskBankError
-from ..fetch import fetch_delta
+from ..storage.fetch import fetch_delta
 from ..tuner.head import Labels
 from .kinds import Kind
 from .sites import Site

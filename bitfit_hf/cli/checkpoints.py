@@ -17,9 +17,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..config import BitFitConfig
-from ..contents import TOKENIZER_FILES
-from ..files import CARD_FILE, CONFIG_FILE
-from ..stock import _AUTO_CLASSES as AUTO_CLASSES
+from ..delta.lora_export import _AUTO_CLASSES as AUTO_CLASSES
+from ..hub.contents import TOKENIZER_FILES
+from ..storage.files import CARD_FILE, CONFIG_FILE
 from .console import CheckpointError, OutputError
 
 MODEL_CONFIG = "config.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import BitFitError
+from .text import one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,18 +75,6 @@ def fail(message: str) -> NoReturn:
     """Ends the program with `message` on one line of stderr and exit code 1."""
     typer.echo(f"bitfit: error: {one_line(message)}", err=True)
     raise typer.Exit(1)
-
-
-def one_line(message: str) -> str:
-    """Puts a message of several lines, with or without a list in it, on one."""
-    joined = re.sub(r"[:.]\n\s*- ", ": ", message)  # where a list begins
-    joined = re.sub(r"\n\s*- ", "; ", joined)
-    return printable(" ".join(joined.split()))
-
-
-def printable(text: object) -> str:
-    """`text` without control characters: names come from files, and a terminal obeys what it is sent."""
-    return "".join(char if char.isprintable() else "�" for char in str(text))
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
-from ..sharding import gathered
 from .mixed import BASE, MixedBatch
 from .precision import Float32ModuleDict
 

@@ -11,8 +11,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from ..backends.sharded import is_sharded, lent
 from ..errors import MergeError, UnsupportedLayerError
-from ..sharding import is_sharded, lent
 from ..terms import Bias
 from .mixed import BASE, MixedBatch, pick_rows
 from .precision import Float32ParameterDict

@@ -23,8 +23,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from ..config import BitFitConfig
 from ..errors import DeltaFormatError
-from ..fetch import fetch_delta
-from ..files import check_digest, check_values, read_pair
+from ..storage.fetch import fetch_delta
+from ..storage.files import check_digest, check_values, read_pair
 
 # The frames between the tuner and a way of loading: the tuner's, and the constructors of PEFT's wrappers.
 _MAX_DEPTH = 10

@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backends.quantized import keep_trainable
+from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
-from ..files import KEY_PREFIX
-from ..quantised import keep_trainable
-from ..sharding import gathered
+from ..storage.files import KEY_PREFIX
 from ..terms import Bias
 from ..terms.structure import stock_module
 from .head import BitFitHead
@@ -26,7 +26,7 @@ from .loading import loading_in_progress
 from .merging import prepare_merge
 from .mixed import MixedBatch, check_adapter_names, check_number, sequences_per_example
 from .plan import Plan, make_plan
-from .quantised_layer import BitsAndBytesLayer, is_bitsandbytes
+from .quantized_layer import BitsAndBytesLayer, is_bitsandbytes
 from .state import (
     StrictLoader,
     delta_parameters,

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
 from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
-from ..files import KEY_PREFIX
-from ..fingerprint import check_base, fingerprint
-from ..layout import encode_layout
-from ..pinning import base_commit
+from ..storage.base_commit import base_commit
+from ..storage.bias_layout import encode_layout
+from ..storage.files import KEY_PREFIX
+from ..storage.fingerprint import check_base, fingerprint
 from ..terms import Bias, find_biases, head_modules, select_biases
 from ..terms.structure import stock_root, walk
 from .head import BitFitHead, Labels, float32_copy, output_size

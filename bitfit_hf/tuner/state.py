@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.sharded import put_back, write_whole
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
-from ..files import KEY_PREFIX, check_digest, check_values
-from ..sharding import put_back, write_whole
+from ..storage.files import KEY_PREFIX, check_digest, check_values
 from ..terms.structure import stock_root
 from .head import BitFitHead
 from .layer import PREFIX, BitFitLayer
@@ -186,7 +186,7 @@ class StrictLoader:
     def __call__(self, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any) -> Any:
         from transformers.utils.loading_report import LoadStateDictInfo
 
-        from ..files import read_tensors
+        from ..storage.files import read_tensors
 
         vars(model).pop("_load_pretrained_model", None)
         if next(reversed(model.peft_config)) != self.adapter_name:

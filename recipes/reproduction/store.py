@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bitfit_hf.analysis import BiasChange, BiasChangeRow
-from bitfit_hf.files import write_bytes
+from bitfit_hf.storage.files import write_bytes
 
 from .plan import Run
 from .studies import SCORES
@@ -39,7 +39,7 @@ class StoredRun:
     Args:
         id (`str`): The run's, which is also the file's name.
         spec (`dict[str, Any]`): What was asked for, see [`Run.spec`].
-        record (`dict[str, Any]`): The recipe's `run.json`, a [`study.record.RunRecord`].
+        record (`dict[str, Any]`): The recipe's `run.json`, a [`common.record.RunRecord`].
         wall_seconds (`float`): Of the whole run, with loading and evaluations: what a further one will take.
         bias_change (`list[dict[str, Any]]`): Rows of [`bitfit_hf.bias_change`]; empty for other methods than BitFit.
     """
