@@ -22,13 +22,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..analysis import ParameterCount, term_counts
 from ..config import BitFitConfig
 from ..delta.value import BiasDelta
-from ..errors import CardError
 from ..storage.bias_layout import decode_layout
 from ..storage.files import CARD_FILE, PICTURE_FILE, STOCK_FOLDER, write_bytes
 from ..terms import SYMBOLS, TERMS
 from ..training_run import TrainingRun
 from .task import Task, task_of
-from .update import hub_name, merge_cards, read_card, record_of
+from .update import UnreadableCardError, hub_name, merge_cards, read_card, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +338,7 @@ def write_card(
     path = folder / CARD_FILE
     try:
         old = read_card(path, previous)
-    except CardError as error:
+    except UnreadableCardError as error:
         logger.warning("%s has not been renewed: %s. Mend or remove it, and save again.", CARD_FILE, error)
         return path
     known = run or config.run

@@ -22,8 +22,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from ..errors import CardError
-
 _BLOCK = re.compile(
     r"<!-- bitfit_hf:(?P<name>\w+) -->\n(?:(?!<!-- /?bitfit_hf:).)*?<!-- /bitfit_hf:(?P=name) -->\n*", re.DOTALL
 )
@@ -42,6 +40,10 @@ _PEFT_TAG = "base_model:adapter:"
 # What people can have told the Trainer for its card (`trainer.push_to_hub(language=..., license=...)`).
 _TOLD_TO_TRAINER = ("language", "license", "datasets")
 _TRAINER_TAGS = ("generated_from_trainer", "transformers", "base_model:adapter:")
+
+
+class UnreadableCardError(ValueError):
+    """A card that is there cannot be read. It is left as it is, and a line in the log says so."""
 
 
 def hub_name(name: str | None) -> str | None:
@@ -71,7 +73,7 @@ class OldCard:
         """Takes a card's text apart.
 
         Raises:
-            [`CardError`]: The header is no YAML mapping.
+            [`UnreadableCardError`]: The header is no YAML mapping.
         """
         match = REGEX_YAML_BLOCK.search(content)
         if match is None:
@@ -79,9 +81,9 @@ class OldCard:
         try:
             metadata = yaml.safe_load(match.group(2))
         except yaml.YAMLError as error:
-            raise CardError(f"its header is no valid YAML ({str(error).splitlines()[0]})") from error
+            raise UnreadableCardError(f"its header is no valid YAML ({str(error).splitlines()[0]})") from error
         if not isinstance(metadata, dict | None):
-            raise CardError(f"its header is a {type(metadata).__name__} instead of a mapping")
+            raise UnreadableCardError(f"its header is a {type(metadata).__name__} instead of a mapping")
         return cls({str(key): value for key, value in (metadata or {}).items()}, content[match.end() :])
 
     @property
@@ -128,7 +130,7 @@ def read_card(path: Path, previous: str | None = None) -> OldCard | None:
         [`OldCard`], or `None` where there is none. Of a generated one only what people told the Trainer is left.
 
     Raises:
-        [`CardError`]: Its header cannot be read.
+        [`UnreadableCardError`]: Its header cannot be read.
     """
     before = None if previous is None else OldCard.parse(previous)
     if before is not None and before.is_stub:
@@ -138,7 +140,7 @@ def read_card(path: Path, previous: str | None = None) -> OldCard | None:
     except FileNotFoundError:
         return before
     except UnicodeDecodeError as error:
-        raise CardError(f"it is no UTF-8 text ({error})") from error
+        raise UnreadableCardError(f"it is no UTF-8 text ({error})") from error
     card = OldCard.parse(content)
     if not card.is_stub:
         return card

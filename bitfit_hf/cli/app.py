@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import CheckpointError, Command, CommandLine, OutputError, emit
+from ..errors import CheckpointError, OutputError
+from .console import Command, CommandLine, emit
 
 if TYPE_CHECKING:
     from ..delta.value import BiasDelta

@@ -18,9 +18,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..config import BitFitConfig
 from ..delta.lora_export import _AUTO_CLASSES as AUTO_CLASSES
+from ..errors import CheckpointError, OutputError
 from ..hub.contents import TOKENIZER_FILES
 from ..storage.files import CARD_FILE, CONFIG_FILE
-from .console import CheckpointError, OutputError
 
 MODEL_CONFIG = "config.json"
 

@@ -168,6 +168,40 @@ def test_version(run: Run) -> None:
     assert run("--version").out == f"bitfit {bitfit_hf.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["inspect", "--help"], 0), (["--version"], 0), (["inspect", "--bogus"], 1), (["inspct"], 1)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str], code: int) -> None:
+    """They are answered at once, while torch takes seconds to import."""
+    program = f"""
+import sys
+from bitfit_hf.cli import app
+try:
+    app({arguments!r}, prog_name="bitfit")
+except SystemExit as end:
+    assert end.code == {code}, end.code
+heavy = [name for name in ("torch", "transformers", "peft", "huggingface_hub", "safetensors") if name in sys.modules]
+assert not heavy, heavy
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_command_line_first_and_then_the_library() -> None:
+    program = """
+import bitfit_hf.cli
+import bitfit_hf
+from peft import mapping
+assert bitfit_hf.TaskBank.__module__ == "bitfit_hf.bank.bank"
+assert "BITFIT" in mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+assert set(bitfit_hf.__all__) <= set(vars(bitfit_hf))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_console_script(made: Files, tmp_path: Path) -> None:
     entry = re.search(r'^bitfit = "([\w.]+):(\w+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert entry is not None
