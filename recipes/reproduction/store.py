@@ -57,7 +57,12 @@ class StoredRun:
     def to_json(self) -> bytes:
         """The file's content."""
         values = {"format": FORMAT, **asdict(self)}
-        return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        rows = values.pop("bias_change")
+        others = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False).removeprefix("{\n")
+        # A line for each row of the figure: they are most of a file, and differ as a whole.
+        lines = ",\n".join(f"  {json.dumps(row, sort_keys=True, ensure_ascii=False)}" for row in rows)
+        figure = f"[\n{lines}\n ]" if rows else "[]"
+        return f'{{\n "bias_change": {figure},\n{others}\n'.encode()
 
     @classmethod
     def from_json(cls, data: bytes, run_id: str) -> StoredRun:

@@ -822,6 +822,8 @@ def test_a_killed_sweep_of_real_runs_goes_on(real, study_base, study_data, tmp_p
         assert str(study_base) not in file.read_text()
     stored = {path.name: json.loads(path.read_text()) for path in runs.iterdir()}
     for name, values in stored.items():
+        lines = [line for line in (runs / name).read_text().splitlines() if '"symbol"' in line]
+        assert len(lines) == len(values["bias_change"])  # a line each
         assert bool(values["bias_change"]) == ("bitfit" in name)
         assert all(
             row.keys() == {"term", "symbol", "layer", "stack", "value", "size"} for row in values["bias_change"]
