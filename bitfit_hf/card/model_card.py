@@ -25,8 +25,8 @@ from ..delta.value import BiasDelta
 from ..storage.bias_layout import decode_layout
 from ..storage.files import CARD_FILE, PICTURE_FILE, STOCK_FOLDER, write_bytes
 from ..terms import SYMBOLS, TERMS
+from ..terms.tasks import Task, task_named
 from ..training_run import TrainingRun
-from .task import Task, task_of
 from .update import UnreadableCardError, hub_name, merge_cards, read_card, record_of
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class BitFitCardData:
             base_num_parameters=config.base_num_parameters,
             base_digest=None if prints is None else _short_digest(prints),
             base_tensors=None if prints is None else len(prints.get("tensors", ())),
-            task_of=task_of(config),
+            task_of=_task(config),
             # Start and end of an answer are no labels.
             num_labels=config.num_labels if config.task_type != "QUESTION_ANS" else None,
             labels=labels if named and len(labels) <= _MANY_LABELS else [],
@@ -351,6 +351,15 @@ def write_card(
             old.metadata.pop(key, None)
     write_bytes(path, merge_cards(old, make_card(data, told=told)).encode())
     return path
+
+
+def _task(config: BitFitConfig) -> Task | None:
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    name, library = (str(mapping.get(key, "")) for key in ("base_model_class", "parent_library"))
+    task = task_named(config.task_type, name, [key.partition(".")[0] for key in config.bias_layout or {}])
+    if task is None and name.isidentifier() and library.partition(".")[0] == "transformers":
+        return Task((), auto_class=name)
+    return task
 
 
 def card_after_save(folder: str | os.PathLike[str], config: BitFitConfig, delta: BiasDelta | None) -> None:

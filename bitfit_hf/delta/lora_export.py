@@ -25,19 +25,10 @@ from ..storage.files import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, encode_config
 from ..storage.fingerprint import check_base
 from ..terms import find_biases
 from ..terms.structure import stock_root, walk
+from ..terms.tasks import BY_PEFT_NAME
 from ..tuner.layer import span_index
 from .applying import LEDGERS
 from .value import BiasDelta
-
-# Where PEFT's own classes of adapters take their model from.
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def export_stock(
@@ -139,7 +130,8 @@ def load_base(config: BitFitConfig, name: str | None = None) -> nn.Module:
 
     path = name or config.base_model_name_or_path
     mapping: Any = config.auto_mapping if isinstance(config.auto_mapping, Mapping) else {}
-    class_name = _AUTO_CLASSES.get(str(config.task_type)) or mapping.get("base_model_class", "")
+    task = BY_PEFT_NAME.get(str(config.task_type))
+    class_name = task.auto_class if task is not None else mapping.get("base_model_class", "")
     auto_class = getattr(transformers, str(class_name), None)
     if not path or auto_class is None or not hasattr(auto_class, "from_pretrained"):
         raise StockExportError(

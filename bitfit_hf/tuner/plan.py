@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,20 +22,12 @@ from ..storage.files import KEY_PREFIX
 from ..storage.fingerprint import check_base, fingerprint
 from ..terms import Bias, find_biases, head_modules, select_biases
 from ..terms.structure import stock_root, walk
+from ..terms.tasks import library_class, peft_task_type
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
 from .state import check_fit
 
 logger = logging.getLogger(__name__)
-
-# PEFT's task types by how the names of transformers' classes end.
-_TASK_TYPES = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
 
 
 @dataclass(frozen=True)
@@ -306,13 +297,11 @@ def _values(
         name = config.base_model_name_or_path or values["base_model_name_or_path"]
         values["revision"] = base_commit(name, config.base_fingerprint or values["base_fingerprint"])
     if config.task_type is None and isinstance(model, PreTrainedModel):
-        values["task_type"] = _task_type(model)
-        if values["task_type"] is None and config.auto_mapping is None:
-            # For AutoPeftModel, which needs one or the other.
-            values["auto_mapping"] = {
-                "base_model_class": type(model).__name__,
-                "parent_library": type(model).__module__,
-            }
+        values["task_type"] = peft_task_type(model)
+    if config.auto_mapping is None and isinstance(model, PreTrainedModel):
+        # PEFT's place for the class that was trained; it fills it in only where there is no `task_type`.
+        cls = library_class(type(model))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
 
 
@@ -334,17 +323,3 @@ def _numel(parameter: torch.Tensor) -> int:
     if type(parameter).__name__ == "Params4bit":
         return parameter.numel() * parameter.element_size() * 2
     return parameter.numel() or getattr(parameter, "ds_numel", 0)
-
-
-def _task_type(model: PreTrainedModel) -> str | None:
-    name = type(model).__name__
-    for ending, task_type in _TASK_TYPES.items():
-        if name.endswith(ending):
-            return task_type
-    # PEFT's wrappers for the tasks below hand these on to any model, also to one that knows nothing of them (Whisper,
-    # CLIP). Its plain wrapper hands on what it gets.
-    if not {"input_ids", "inputs_embeds"} <= set(inspect.signature(type(model).forward).parameters):
-        return None
-    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    return "FEATURE_EXTRACTION" if name.endswith("Model") else None
