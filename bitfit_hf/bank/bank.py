@@ -265,7 +265,7 @@ class TaskBank:
                     for member in answering:
                         for example in member.examples:
                             outputs[example] = output
-        return BankOutput(outputs, names, self._base.mixing)
+        return BankOutput(outputs, names, self._base.answer_axes)
 
     def predict(
         self,
@@ -278,6 +278,8 @@ class TaskBank:
         """Answers texts with labels and scores.
 
         Texts of like length are run together, so that little is padded; the answers come in the order of the texts.
+        Padding stands where it changes no answer, whatever side the tokenizer names; a model that it changes on either
+        side runs texts of one length at a time. Of a text that is longer than the model takes, the beginning is read.
 
         Args:
             texts (`Sequence[str]`): Texts, or pairs `(first, second)`; for question answering `(question, context)`.
@@ -296,7 +298,8 @@ class TaskBank:
             - no new head: a dict of the model's output tensors, such as `last_hidden_state`, without padding.
 
         Raises:
-            [`TaskBankError`]: As for a call, or there is no tokenizer.
+            [`TaskBankError`]: As for a call, or there is no tokenizer; a text has no tokens, a context is empty, a
+                question leaves no room for its context; a task takes something else than texts.
         """
         return predict(self, texts, tasks, batch_size=batch_size, progress=progress)
 
@@ -312,6 +315,14 @@ class TaskBank:
         model = self._base.model
         return type(model).__name__, Labels.of(model) if getattr(model.config, "id2label", None) else None
 
+    def kind_of(self, name: str | None) -> Kind:
+        """What a task, or the base, has in common with others of its model class.
+
+        Raises:
+            [`TaskBankError`]: There is no such task.
+        """
+        return self._base_kind if name is None else self._residents.find(name).kind
+
     @property
     def device(self) -> torch.device:
         """Where the base is."""
@@ -320,7 +331,12 @@ class TaskBank:
     @property
     def max_length(self) -> int | None:
         """How many tokens the base takes, where its configuration says so."""
-        return getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None)
+        return self._base.max_length
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many tokens the base has positions for, where it looks them up in a table: more end in an error."""
+        return self._base.num_positions
 
 
 def _labels(delta: BiasDelta) -> Labels | None:

@@ -19,6 +19,7 @@ from ..terms.structure import stock_root, walk
 from .batch import Batch, Member, running
 from .layers import BankedLayer
 from .parts import Part
+from .positions import most_tokens, positions_in_table
 from .regions import Region
 from .sites import Site
 from .trees import leaves, take
@@ -58,13 +59,15 @@ class Base:
         self.device: torch.device = next(self.backbone.parameters()).device
         self.backbone_path = next(path for path, module in walk(self.model) if module is self.backbone)
         self.head = _head(self.model)
+        self.max_length = most_tokens(self.model)
+        self.num_positions = positions_in_table(self.model)
         self.sites: list[Site] = []
         self.layers: dict[nn.Module, BankedLayer] = {}
         self._parts: dict[nn.Module, Part] = {}
         self._take_over(dtype, limit)
         self.unsupported: dict[int, str] = {}
         trial = Trial(self.model if self._outside_backbone() else self.backbone, example_inputs)
-        self.mixing = trial.mixing
+        self.answer_axes = trial.answer_axes
         self._arrange(trial)
         self._verify(trial)
 

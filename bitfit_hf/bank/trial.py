@@ -148,10 +148,13 @@ class Trial:
         return calls
 
     @property
-    def mixing(self) -> set[str]:
-        """Outputs of the model in which several examples come together (CLIP's similarities)."""
+    def answer_axes(self) -> dict[Path, int | None]:
+        """The batch dimension of each tensor that the model returns.
+
+        `None` where several examples come together (CLIP's similarities), [`SHARED`] where it is the same for all.
+        """
         _, outputs = self.axes("")
-        return {str(path[0]) for call in outputs or () for path, axis in call.items() if path and axis is None}
+        return {path: axis for call in outputs or () for path, axis in call.items()}
 
     def reached(self, path: str) -> bool:
         """Whether the module was called."""
