@@ -41,7 +41,9 @@ class TaskBank:
     Args:
         base_model (`PreTrainedModel`):
             A stock backbone (`AutoModel`) or task model: what the deltas were trained on. It is not changed, and its
-            weights are shared, not copied.
+            weights are shared, not copied. So nothing may be written into them while the bank is used (`load_delta`,
+            training): requests then end in an error until it is taken back. To move or convert the model
+            (`model.to(...)`) has no effect on a bank that exists.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For [`~TaskBank.predict`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Of the deltas in memory. `torch.bfloat16` and `torch.float16` take half; heads stay float32.
@@ -105,7 +107,8 @@ class TaskBank:
 
         Args:
             name (`str`): What requests will call it.
-            source ([`BiasDelta`], `str` or `os.PathLike`): A delta, or the folder or Hub repo of one.
+            source ([`BiasDelta`], `str` or `os.PathLike`): A delta, or the folder or Hub repo of one. A delta may be
+                edited afterwards; the task stays as it was added.
             pin (`bool`, *optional*, defaults to `False`): Never drops it from memory.
             revision (`str`, *optional*), subfolder (`str`, *optional*), token (`str` or `bool`, *optional*),
             cache_dir (`str` or `os.PathLike`, *optional*), local_files_only (`bool`, *optional*):
@@ -115,7 +118,8 @@ class TaskBank:
 
         Raises:
             [`BaseModelMismatchError`]: The delta was trained on another checkpoint than the bank's base.
-            [`DeltaMismatchError`], [`TaskBankError`]: It does not fit the base, or the name is taken.
+            [`DeltaMismatchError`], [`TaskBankError`]: It does not fit the base, or the name is taken; or the weights
+                of the base have been written into since the bank was made.
             [`BitFitError`]: It cannot be read.
         """
         if not isinstance(name, str) or not name:
@@ -129,9 +133,12 @@ class TaskBank:
         }
         origin = Source.of(source, options)
         with self._residents.writing:
+            self._base.watch.check_values()
             if name in self._residents.tasks:
                 raise TaskBankError(f"The bank has a task {name!r} already. Remove it first, or choose another name.")
             self._residents.check_room()
+            if self._residents.limit is not None and not pin:
+                origin.keep()
             delta = origin.read()
             kind = find_kind(self._base, delta, self._kinds, self.tokenizer)
             kind.check_base(delta, on_base_mismatch)
@@ -140,6 +147,8 @@ class TaskBank:
                 self._residents.bring_in(task)
             finally:
                 task.delta = None
+            if self._residents.limit is None or pin:
+                origin.release()
             self._residents.enter(task)
 
     def remove_task(self, name: str) -> None:
@@ -239,9 +248,11 @@ class TaskBank:
             [`BankOutput`]: One answer per example.
 
         Raises:
-            [`TaskBankError`]: A name is unknown, there are more or fewer names than examples, or none at all.
+            [`TaskBankError`]: A name is unknown, there are more or fewer names than examples, or none at all; the
+                weights of the base have been written into.
         """
         names = _check_batch(tasks, encoded)
+        self._base.watch.check()
         with self._residents.using(names) as held:
             places: dict[str | None, list[int]] = defaultdict(list)
             for example, name in enumerate(names):
