@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from architectures import ARCHITECTURES, randomize_
 from bank_tester import ATOL, bert_base, random_delta, single_model
 from torch import nn
+from transformers import GPT2Config, GPT2Model
 
 from bitfit_hf import BiasDelta, TaskBank, TaskBankError, base_mismatch, load_delta
 
@@ -252,3 +254,24 @@ def test_a_bank_without_a_limit_keeps_no_second_copy():
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
     assert setting.unchanged()
+
+
+# --- odd bases -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"eos_token_id": 64}, {"eos_token_id": -1}, {"pad_token_id": 63, "eos_token_id": [50256, 3]}],
+    ids=str,
+)
+def test_special_tokens_outside_the_vocabulary(values):
+    """GPT-2's end of text is 50256, and stays so in a configuration with fewer words."""
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_inner=40, n_positions=16, **values)
+    torch.manual_seed(0)
+    base = randomize_(GPT2Model(config).eval())
+    bank = TaskBank(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = bank(**ENCODED, tasks=[None] * 3)
+    with torch.no_grad():
+        assert torch.equal(torch.stack(out.last_hidden_state), base(**ENCODED).last_hidden_state)
