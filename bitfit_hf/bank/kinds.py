@@ -21,6 +21,7 @@ from ..terms.structure import walk
 from ..tuner.reading import stock_class
 from .base import Base
 from .batch import current
+from .padding import Padding
 
 _MAPPINGS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -138,6 +139,7 @@ class Kind:
         self.base = base
         self.shell = shell
         self.leaves = dict(leaves)
+        self.padding: Padding | None = None  # known once texts have been asked about
         self._verified: list[dict[str, Any]] = []
 
     def check_base(self, delta: BiasDelta, on_mismatch: OnMismatch | None) -> None:
