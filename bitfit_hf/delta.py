@@ -14,14 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .applying import LEDGERS, Ledger, leaf_of
-from .config import BitFitConfig, BitFitPeftType
+from .config import BitFitConfig
 from .errors import (
     AdapterNameError,
     BaseModelMismatchError,
-    ConfigError,
     DeltaFormatError,
     DeltaMismatchError,
-    UnknownTermError,
     collect,
 )
 from .fetch import fetch_delta
@@ -143,15 +141,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             tensors (`Mapping[str, torch.Tensor]`): By their key in `adapter_model.safetensors`.
             where (`str`): Names the delta in messages.
         """
-        if values.get("peft_type") != BitFitPeftType.BITFIT.value:
-            raise DeltaFormatError(
-                f"{where}: adapter_config.json is of the method {values.get('peft_type')!r}, not 'BITFIT'. "
-                "Load it with the library that wrote it."
-            )
-        try:
-            config = BitFitConfig.from_peft_type(**BitFitConfig.check_kwargs(**values))
-        except (ConfigError, UnknownTermError) as error:
-            raise type(error)(f"{where}: adapter_config.json cannot be used. {error}") from error
+        config = BitFitConfig.from_values(values, where=where)
         if not config.bias_layout:
             raise DeltaFormatError(f"{where}: adapter_config.json has no `bias_layout`; save the delta again.")
         deltas, head = {}, {}

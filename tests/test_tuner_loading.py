@@ -732,6 +732,53 @@ def test_a_delta_moves_between_dtypes_of_one_checkpoint(there, here, base, tmp_p
         PeftModel.from_pretrained(randomize_(bert(base), seed=5, std=0.02).to(here), tmp_path)
 
 
+def other_base(base: Path, **kwargs) -> nn.Module:
+    return change(bert(base, **kwargs), "query.bias")
+
+
+RELOADS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "load_adapter": lambda model, folder: model.load_adapter(folder, "default"),
+    "load_adapter, to train on": lambda model, folder: model.load_adapter(folder, "default", is_trainable=True),
+    "load_adapter, on the meta device": lambda model, folder: model.load_adapter(
+        folder, "default", low_cpu_mem_usage=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", RELOADS)
+def test_another_base_is_refused_for_an_adapter_that_is_there(way, base, delta, tmp_path):
+    """The adapter belongs to the model at hand; the file's tensors belong to the base that the file names."""
+    model = get_peft_model(other_base(base, num_labels=3), BitFitConfig())
+    before = state(model)
+    with pytest.raises(BaseModelMismatchError, match="tensors differ"):
+        RELOADS[way](model, delta)
+    assert state(model) == before
+    with base_mismatch("warn"), pytest.warns(UserWarning, match="tensors differ"):
+        RELOADS[way](model, delta)
+    wanted = {k.removeprefix(PREFIX): v for k, v in load_file(delta / "adapter_model.safetensors").items()}
+    assert same_tensors(file_tensors(model), wanted)
+
+    at_home = get_peft_model(bert(base, num_labels=3), BitFitConfig())
+    RELOADS[way](at_home, delta)
+    assert same_tensors(file_tensors(at_home), wanted)
+
+
+def test_what_is_loaded_into_an_adapter_that_is_there_is_checked_like_any_other(base, delta, tmp_path):
+    shutil.copytree(delta, tmp_path / "delta")
+    (tmp_path / "delta" / "adapter_config.json").write_bytes(
+        json.dumps(LoraConfig(target_modules=["query"]).to_dict(), default=str).encode()
+    )
+    model = get_peft_model(bert(base, num_labels=3), BitFitConfig())
+    before = state(model)
+    with pytest.raises(DeltaFormatError, match="'LORA', not 'BITFIT'"):
+        model.load_adapter(tmp_path / "delta", "default")
+    shutil.copy(delta / "adapter_config.json", tmp_path / "delta")
+    mixture("adapter_model.safetensors")(tmp_path / "delta")
+    with pytest.raises(DeltaFormatError, match="two different saves"):
+        model.load_adapter(tmp_path / "delta", "default")
+    assert state(model) == before
+
+
 def test_loading_while_another_adapter_is_merged_sees_the_base(base, two_deltas):
     model = PeftModel.from_pretrained(bert(base), two_deltas["five"], adapter_name="five")
     model.merge_adapter()
