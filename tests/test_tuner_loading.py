@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from tuner_tester import (
     tuned_parameters,
 )
 
-from bitfit_hf import BitFitConfig, BitFitLayer, base_mismatch
+from bitfit_hf import BiasDelta, BitFitConfig, BitFitLayer, TaskBank, base_mismatch, load_delta
 from bitfit_hf.errors import (
     AdapterNameError,
     BaseModelMismatchError,
@@ -58,6 +59,7 @@ from bitfit_hf.errors import (
     UnsupportedLayerError,
 )
 from bitfit_hf.files import digest
+from bitfit_hf.stock import export_stock
 
 BERT = ARCHITECTURES["bert-sequence"]
 NAMES = {0: "against", 1: "neutral", 2: "for"}
@@ -706,6 +708,35 @@ def test_a_mismatch_can_be_overridden(base, delta):
         assert same_tensors(file_tensors(model), wanted)
     with pytest.raises(BaseModelMismatchError):
         change(bert(base), "query.bias").load_adapter(str(delta))
+
+
+UNCHECKED: dict[str, Callable[[Path, Path], object]] = {
+    **{name: ROUTES[name] for name in ("AutoModel", "PeftModel", "load_adapter", "second in place")},
+    "into an adapter": lambda base, delta: get_peft_model(bert(base, num_labels=3), BitFitConfig()).load_adapter(
+        delta, "default"
+    ),
+    "load_delta": lambda base, delta: load_delta(bert(base), delta),
+    "a second load_delta": lambda base, delta: load_delta(load_delta(bert(base), delta.parent / "good"), delta),
+    "TaskBank": lambda base, delta: TaskBank(BertModel.from_pretrained(base)).add_task("a", delta),
+    "export_stock": lambda base, delta: export_stock(
+        BiasDelta.from_pretrained(delta), delta.parent / "stock", base=bert(base)
+    ),
+}
+
+
+@pytest.mark.parametrize("route", UNCHECKED)
+def test_a_file_without_a_fingerprint_loads_with_a_warning(route, base, delta, tmp_path):
+    shutil.copytree(delta, tmp_path / "good")
+    shutil.copytree(delta, tmp_path / "delta")
+    edit(tmp_path / "delta", base_fingerprint=None)
+    with pytest.warns(UserWarning, match=r"no `base_fingerprint`") as caught:
+        UNCHECKED[route](base, tmp_path / "delta")
+    assert len([w for w in caught if "base_fingerprint" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*base_fingerprint")
+        with base_mismatch("ignore"):
+            UNCHECKED["PeftModel"](base, tmp_path / "delta")
+        get_peft_model(bert(base), BitFitConfig())  # a new adapter has none yet
 
 
 def test_the_policy_is_never_read_from_the_file(base, delta, tmp_path):

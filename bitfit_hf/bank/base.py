@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..applying import LEDGERS
+from ..applying import is_applied
 from ..errors import TaskBankError, UnknownHeadError
 from ..quantised import shared_state
 from ..terms import Bias, find_biases, head_modules
@@ -215,7 +215,7 @@ def _check(model: nn.Module) -> PreTrainedModel:
             f"A bank serves tasks on a stock transformers model, got a {type(root).__name__}. Load the deltas' base "
             "with `AutoModel.from_pretrained(...)`."
         )
-    if root in LEDGERS:
+    if is_applied(root):
         raise TaskBankError(
             "This model has a delta written into its biases. Take it out (`delta.remove_(model)`) or load the base "
             "again; the delta can be a task of the bank."

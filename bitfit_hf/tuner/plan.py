@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..base_bias import overwritten
 from ..config import BitFitConfig
 from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
 from ..files import KEY_PREFIX
@@ -25,7 +26,7 @@ from ..terms import Bias, find_biases, head_modules, select_biases
 from ..terms.structure import stock_root, walk
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
-from .state import check_fit
+from .state import check_fit, is_bitfit
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,9 @@ def make_plan(
     """
     _check_name(model, adapter_name)
     _check_head(model, config)
-    check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+    _check_not_applied(model)
+    if config.pending or config.base_fingerprint is not None:  # a new adapter takes the base's below
+        check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
     head, biases = _selection(model, config, config.modules_to_save)
     if config.pending:
         if config.bias_layout:  # what was tuned, whatever this version would choose
@@ -215,6 +218,17 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
             f"The delta has a head ({', '.join(names)}; task type {config.task_type}), and {type(model).__name__} has "
             "no such modules. Load the base with the class of its task, such as "
             "`AutoModelForSequenceClassification`."
+        )
+
+
+def _check_not_applied(model: nn.Module) -> None:
+    """An adapter on top of an applied delta would be one for a base that exists nowhere else."""
+    if not is_bitfit(model) and next(overwritten(model), None) is not None:
+        raise UnsupportedLayerError(
+            f"A delta is written into the biases of this {type(model).__name__} (`load_delta`, `apply_`), so an "
+            "adapter that is trained on it would fit no checkpoint. Take the delta out (`delta.remove_(model)`) or "
+            "load the base again. To train on, load the delta as an adapter: `PeftModel.from_pretrained(base, "
+            "delta, is_trainable=True)`. To keep it for good, save the model and load that as a new base."
         )
 
 
