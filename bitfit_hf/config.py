@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, TaskType
 
-from .errors import ConfigError, collect
+from .errors import BitFitError, ConfigError, DeltaFormatError, collect
 from .storage.files import digest
 from .terms import resolve_terms
 from .training_run import TrainingRun
@@ -219,6 +219,28 @@ class BitFitConfig(PeftConfig):
         if self._digest_of_last_state is not None:
             values["weights_digest"] = self._digest_of_last_state
         return values
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], *, where: str) -> BitFitConfig:
+        """Makes a configuration of the values of an `adapter_config.json`.
+
+        Args:
+            values (`Mapping[str, Any]`): As they stand in the file.
+            where (`str`): Names the delta in messages.
+
+        Raises:
+            [`DeltaFormatError`]: It is the configuration of another method.
+            [`BitFitError`]: A value cannot be used.
+        """
+        if values.get("peft_type") != BitFitPeftType.BITFIT.value:
+            raise DeltaFormatError(
+                f"{where}: adapter_config.json is of the method {values.get('peft_type')!r}, not 'BITFIT'. "
+                "Load it with the library that wrote it."
+            )
+        try:
+            return cls.from_peft_type(**cls.check_kwargs(**values))
+        except BitFitError as error:
+            raise type(error)(f"{where}: adapter_config.json cannot be used. {error}") from error
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends.quantized import shared_state
-from ..delta.applying import LEDGERS
+from ..delta.applying import is_applied
 from ..errors import TaskBankError, UnknownHeadError
 from ..terms import Bias, find_biases, head_modules
 from ..terms.structure import stock_root, walk
@@ -221,7 +221,7 @@ def _check(model: nn.Module) -> PreTrainedModel:
             f"A bank serves tasks on a stock transformers model, got a {type(root).__name__}. Load the deltas' base "
             "with `AutoModel.from_pretrained(...)`."
         )
-    if root in LEDGERS:
+    if is_applied(root):
         raise TaskBankError(
             "This model has a delta written into its biases. Take it out (`delta.remove_(model)`) or load the base "
             "again; the delta can be a task of the bank."

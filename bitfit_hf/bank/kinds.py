@@ -149,7 +149,10 @@ class Kind:
             [`BaseModelMismatchError`]: The delta was trained on another checkpoint.
         """
         config = delta.config
-        if config.base_fingerprint is None or config.base_fingerprint in self._verified:
+        if config.base_fingerprint in self._verified:
+            return
+        if not config.base_fingerprint:
+            check_base(self.shell, None, delta_base=config.base_model_name_or_path, on_mismatch=on_mismatch)
             return
         try:
             check_base(

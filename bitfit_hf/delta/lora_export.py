@@ -24,10 +24,11 @@ from ..errors import StockExportError, collect
 from ..storage.files import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, encode_config, encode_tensors, write_bytes
 from ..storage.fingerprint import check_base
 from ..terms import find_biases
+from ..terms.base_bias import add_deltas
 from ..terms.structure import stock_root, walk
 from ..terms.tasks import BY_PEFT_NAME
 from ..tuner.layer import span_index
-from .applying import LEDGERS
+from .applying import is_applied
 from .value import BiasDelta
 
 
@@ -90,7 +91,7 @@ def stock_files(
         delta, model = BiasDelta.from_model(delta_or_model, adapter_name), delta_or_model
         _refuse_added(delta)
     root = stock_root(model)
-    if model in LEDGERS or any(getattr(module, "merged", False) for module in root.modules()):
+    if is_applied(model) or any(getattr(module, "merged", False) for module in root.modules()):
         raise StockExportError(
             "The model's biases are not those of its base: a delta was applied or merged into them. Take it out first "
             "(`BiasDelta.remove_`, `unmerge_adapter`), or pass `base=` a freshly loaded base."
@@ -221,7 +222,8 @@ def _tensors(root: nn.Module, delta: BiasDelta, carrier: str) -> dict[str, torch
         path, _, parameter = name.rpartition(".")
         base = modules[path]._parameters[parameter]
         assert base is not None  # added biases have been refused
-        value = _effective_bias(base, change, span_index(delta.biases[name]))
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        value = add_deltas(base.detach().cpu(), [(change, span_index(delta.biases[name]))], dtype=dtype)
         # Loading may put new parameters into the model, which are no longer tied to each other.
         for place in (name, *aliases.get(name, ())):
             tensors[KEY_PREFIX + _inside(place, carrier)] = value
@@ -229,15 +231,6 @@ def _tensors(root: nn.Module, delta: BiasDelta, carrier: str) -> dict[str, torch
     tensors[f"{KEY_PREFIX}{carrier}.lora_A.weight"] = torch.zeros(1, inputs)
     tensors[f"{KEY_PREFIX}{carrier}.lora_B.weight"] = torch.zeros(outputs, 1)
     return tensors | {KEY_PREFIX + name: tensor for name, tensor in delta.head.items()}
-
-
-def _effective_bias(base: torch.Tensor, delta: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """`b_0 + δ`, formed in float32 at least; `index` says where a slice belongs."""
-    total = base.detach().cpu()
-    total = total.to(torch.promote_types(total.dtype, torch.float32))
-    if index is None:
-        return total + delta.to(total.dtype).view_as(total)
-    return total.flatten().index_add(0, index, delta.to(total.dtype)).view_as(total)
 
 
 def _inside(name: str, carrier: str) -> str:

@@ -14,14 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends.sharded import gathered, put_back
-from ..config import BitFitConfig, BitFitPeftType, run_after_save
+from ..config import BitFitConfig, run_after_save
 from ..errors import (
     AdapterNameError,
     BaseModelMismatchError,
-    ConfigError,
     DeltaFormatError,
     DeltaMismatchError,
-    UnknownTermError,
     collect,
 )
 from ..storage.base_commit import base_commit
@@ -30,12 +28,13 @@ from ..storage.fetch import fetch_delta
 from ..storage.files import KEY_PREFIX, check_values, digest, read_pair, write_pair
 from ..storage.fingerprint import OnMismatch, check_base, fingerprint
 from ..terms import Bias, find_biases, head_modules
+from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
 from ..tuner.head import Labels
 from ..tuner.layer import PREFIX, span_index
 from ..tuner.plan import num_base_parameters
 from ..tuner.state import delta_parameters, head_tensors, is_bitfit
-from .applying import LEDGERS, Ledger, leaf_of
+from .applying import AppliedDelta, ledger_of
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -143,15 +142,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             tensors (`Mapping[str, torch.Tensor]`): By their key in `adapter_model.safetensors`.
             where (`str`): Names the delta in messages.
         """
-        if values.get("peft_type") != BitFitPeftType.BITFIT.value:
-            raise DeltaFormatError(
-                f"{where}: adapter_config.json is of the method {values.get('peft_type')!r}, not 'BITFIT'. "
-                "Load it with the library that wrote it."
-            )
-        try:
-            config = BitFitConfig.from_peft_type(**BitFitConfig.check_kwargs(**values))
-        except (ConfigError, UnknownTermError) as error:
-            raise type(error)(f"{where}: adapter_config.json cannot be used. {error}") from error
+        config = BitFitConfig.from_values(values, where=where)
         if not config.bias_layout:
             raise DeltaFormatError(f"{where}: adapter_config.json has no `bias_layout`; save the delta again.")
         deltas, head = {}, {}
@@ -207,6 +198,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             [`DeltaMismatchError`]: They differ in more than biases and head; what differs is named.
         """
         base, tuned = stock_root(base), stock_root(tuned)
+        layers = dict(walk(base))
         head_names = head_modules(tuned)
         biases = [bias for bias in find_biases(tuned) if bias.exists]
         before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
@@ -218,9 +210,10 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         deltas, errors = {}, [0.0]
         for name, group in _group(biases).items():
             b_f = after[name].detach().cpu()
-            b_0 = before[name].detach().cpu() if name in before else torch.zeros_like(b_f)
+            b_0 = base_bias(layers[group[0].module], group[0].parameter) if name in before else None
+            b_0 = torch.zeros_like(b_f) if b_0 is None else b_0.detach().cpu()
             delta = (b_f.double() - b_0.double()).to(torch.float32)
-            back = (b_0.to(torch.float32) + delta).to(b_f.dtype)
+            back = add_deltas(b_0, [(delta, None)], dtype=b_f.dtype)
             errors.append((back.double() - b_f.double()).abs().max().item())
             index = span_index(group)
             deltas[name] = delta.clone() if index is None else delta.flatten()[index]
@@ -346,18 +339,18 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 "The model has BitFit adapters injected, so writing into its biases would change what they belong to. "
                 "Load the delta as another adapter (`model.load_adapter`), or apply it to a stock model."
             )
-        ledger = LEDGERS.get(model) or Ledger(model)
-        if not ledger.applied:
-            check_base(
-                model,
-                self.config.base_fingerprint,
-                delta_base=self.config.base_model_name_or_path,
-                on_mismatch=on_base_mismatch,
-            )
-        ledger.check(self)
-        ledger.applied.append(self)
-        ledger.write()
-        LEDGERS[model] = ledger
+        ledger, delta = ledger_of(model), self._to_apply()
+        gone = ledger.is_gone()
+        check_base(
+            model,
+            self.config.base_fingerprint,
+            delta_base=self.config.base_model_name_or_path,
+            on_mismatch=on_base_mismatch,
+        )
+        ledger.check(delta)
+        if gone:
+            ledger.start_anew()
+        ledger.add(delta)
         return model
 
     def remove_(self, model: nn.Module) -> nn.Module:
@@ -372,19 +365,41 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         Raises:
             [`DeltaMismatchError`]: The delta was not applied to this model.
         """
-        ledger = LEDGERS.get(model)
-        mine = self.digest
-        found = next((delta for delta in reversed(ledger.applied if ledger else []) if delta.digest == mine), None)
-        if ledger is None or found is None:
+        ledger, mine = ledger_of(model), self.digest
+        found = next((delta for delta in reversed(ledger.applied) if delta.digest == mine), None)
+        if found is None:
             raise DeltaMismatchError(
                 "This delta was not applied to this model with `apply_` or `load_delta`, so its base is not known. "
                 "Load the base again."
             )
-        ledger.applied.remove(found)
-        ledger.write()
-        if not ledger.applied:
-            del LEDGERS[model]
+        if ledger.is_gone():
+            raise DeltaMismatchError(
+                "This delta was applied to this model, but is not there any more: all of its biases were loaded or "
+                "changed since then, so there is nothing to take out. Load the base again if these biases are not it."
+            )
+        ledger.remove(found)
         return model
+
+    def _to_apply(self) -> AppliedDelta:
+        """What is written into a model, in tensors that stay as they are whatever becomes of this delta."""
+        config, leaves = self.config, self.config.modules_to_save or []
+        head: dict[str, dict[str, torch.Tensor]] = {path: {} for path in leaves}
+        for name, tensor in self.head.items():
+            path = leaf_of(name, leaves)
+            assert path is not None  # checked when the delta was made
+            head[path][name.removeprefix(f"{path}.")] = tensor.clone()
+        labels = None
+        if head and config.num_labels is not None:
+            names = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
+            labels = Labels(config.num_labels, dict(names), config.problem_type)
+        return AppliedDelta(
+            digest=self.digest,
+            name=config.base_model_name_or_path,
+            biases=self.biases,
+            deltas={name: tensor.clone() for name, tensor in self.items()},
+            head=head,
+            labels=labels,
+        )
 
     # --- arithmetic ---
 
@@ -560,6 +575,11 @@ def _check_only_biases_differ(
             f"These checkpoints differ in more than biases and head, so no bias delta leads from one to the other:"
             f"{collect(problems)}\nIs it the right base, and was nothing else trained?"
         )
+
+
+def leaf_of(name: str, leaves: list[str]) -> str | None:
+    """The one of the head's `leaves` that the tensor `name` belongs to."""
+    return next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None)
 
 
 def _group(biases: list[Bias]) -> dict[str, list[Bias]]:

@@ -28,6 +28,7 @@ from ..backends.quantized import dequantised
 from ..backends.sharded import gathered
 from ..errors import BaseModelMismatchError, ConfigError, DeltaFormatError, collect
 from ..terms import Bias
+from ..terms.base_bias import base_bias
 from ..terms.structure import stock_root, walk
 
 FORMAT = 1
@@ -186,10 +187,7 @@ def _tensors(module: nn.Module, parameter: str) -> Iterator[tuple[str, torch.Ten
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
-    tensor = module._parameters.get(name)
-    owner: Any = vars(module).get("_bitfit_owner")
-    if owner is not None and name in owner[0].bias_parameters:
-        tensor = owner[0].base_bias(name)  # adapters may be merged into the parameter
+    tensor = base_bias(module, name)
     if tensor is None or not tensor.is_meta:
         return None if tensor is None else gathered(tensor)
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's offloading
@@ -255,7 +253,7 @@ def check_base(
 
     Args:
         model (`nn.Module`): The base at hand.
-        expected (`dict`, *optional*): The delta's `base_fingerprint`; without one nothing is checked.
+        expected (`dict`, *optional*): The delta's `base_fingerprint`; without one there is a warning instead.
         delta_base (`str`, *optional*): Name of the delta's base, for the message.
         on_mismatch (`str`, *optional*): What to do; by default what [`base_mismatch`] says.
 
@@ -265,12 +263,21 @@ def check_base(
     policy = on_mismatch or _policy.get()
     if policy not in get_args(OnMismatch):
         raise ConfigError(f"`on_base_mismatch` is one of {get_args(OnMismatch)}, got {policy!r}.")
-    if expected is None or policy == "ignore":
+    if policy == "ignore":
+        return
+    found = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
+    if expected is None or not decode(expected):
+        warnings.warn(
+            f"This delta has no `base_fingerprint`. It was trained on {delta_base or 'a base that it does not name'}; "
+            f"whether {found} has the same weights is not checked. Save the delta again from the model that it was "
+            'trained in, or pass `on_base_mismatch="ignore"` (or load inside `with '
+            'bitfit_hf.base_mismatch("ignore"):`) if you know that it is the right base.',
+            stacklevel=3,
+        )
         return
     problems = differences(model, expected)
     if not problems:
         return
-    found = getattr(getattr(model, "config", None), "_name_or_path", None) or type(model).__name__
     message = (
         f"This delta was trained on {delta_base or 'another checkpoint'}, not on the weights of {found}: "
         f"{len(problems)} of {len(expected['tensors'])} tensors differ.{collect(problems)}\n"

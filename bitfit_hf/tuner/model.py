@@ -358,8 +358,10 @@ class BitFitModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT's route: the one place that sees the tensors of a file. They are written here, since PEFT would drop
         # what does not fit in silence; it then gets the tensors that are in the model already.
+        loading = None if config.pending else loading_in_progress()
         try:
-            load_tensors(model, adapter_name, state_dict, expected_digest=config.weights_digest)
+            expected = config.weights_digest if loading is None else loading.check_again(model)
+            load_tensors(model, adapter_name, state_dict, expected_digest=expected)
         except BaseException:
             if config.pending:  # not a reload into an adapter that was here before
                 remove_adapter(model, adapter_name)

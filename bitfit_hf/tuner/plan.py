@@ -21,11 +21,12 @@ from ..storage.bias_layout import encode_layout
 from ..storage.files import KEY_PREFIX
 from ..storage.fingerprint import check_base, fingerprint
 from ..terms import Bias, find_biases, head_modules, select_biases
+from ..terms.base_bias import overwritten
 from ..terms.structure import stock_root, walk
 from ..terms.tasks import library_class, peft_task_type
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
-from .state import check_fit
+from .state import check_fit, is_bitfit
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,9 @@ def make_plan(
     """
     _check_name(model, adapter_name)
     _check_head(model, config)
-    check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+    _check_not_applied(model)
+    if config.pending or config.base_fingerprint is not None:  # a new adapter takes the base's below
+        check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
     head, biases = _selection(model, config, config.modules_to_save)
     if config.pending:
         if config.bias_layout:  # what was tuned, whatever this version would choose
@@ -206,6 +209,17 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
             f"The delta has a head ({', '.join(names)}; task type {config.task_type}), and {type(model).__name__} has "
             "no such modules. Load the base with the class of its task, such as "
             "`AutoModelForSequenceClassification`."
+        )
+
+
+def _check_not_applied(model: nn.Module) -> None:
+    """An adapter on top of an applied delta would be one for a base that exists nowhere else."""
+    if not is_bitfit(model) and next(overwritten(model), None) is not None:
+        raise UnsupportedLayerError(
+            f"A delta is written into the biases of this {type(model).__name__} (`load_delta`, `apply_`), so an "
+            "adapter that is trained on it would fit no checkpoint. Take the delta out (`delta.remove_(model)`) or "
+            "load the base again. To train on, load the delta as an adapter: `PeftModel.from_pretrained(base, "
+            "delta, is_trainable=True)`. To keep it for good, save the model and load that as a new base."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 
 import pytest
 import torch
@@ -226,7 +227,19 @@ def test_policies(other):
         check_base(model, expected, delta_base=None)
     with pytest.raises(BaseModelMismatchError):
         check_base(model, expected, delta_base=None)
-    check_base(model, None, delta_base=None)
+
+
+@pytest.mark.parametrize("missing", [None, {"format": 1, "tensors": {}}], ids=["null", "of no tensor"])
+def test_a_check_that_cannot_be_made_is_a_warning(missing, bert):
+    for policy in (None, "raise", "warn"):
+        with pytest.warns(UserWarning, match=r"no `base_fingerprint`.*user/base.*not checked") as caught:
+            check_base(bert, missing, delta_base="user/base", on_mismatch=policy)
+        assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_base(bert, missing, delta_base="user/base", on_mismatch="ignore")
+        with base_mismatch("ignore"):
+            check_base(bert, missing, delta_base="user/base")
 
 
 def test_a_policy_ends_with_its_block_even_after_an_error(other):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,7 +44,8 @@ from tuner_tester import (
     tuned_parameters,
 )
 
-from bitfit_hf import BitFitConfig, BitFitLayer, base_mismatch
+from bitfit_hf import BiasDelta, BitFitConfig, BitFitLayer, TaskBank, base_mismatch, load_delta
+from bitfit_hf.delta.lora_export import export_stock
 from bitfit_hf.errors import (
     AdapterNameError,
     BaseModelMismatchError,
@@ -708,6 +710,35 @@ def test_a_mismatch_can_be_overridden(base, delta):
         change(bert(base), "query.bias").load_adapter(str(delta))
 
 
+UNCHECKED: dict[str, Callable[[Path, Path], object]] = {
+    **{name: ROUTES[name] for name in ("AutoModel", "PeftModel", "load_adapter", "second in place")},
+    "into an adapter": lambda base, delta: get_peft_model(bert(base, num_labels=3), BitFitConfig()).load_adapter(
+        delta, "default"
+    ),
+    "load_delta": lambda base, delta: load_delta(bert(base), delta),
+    "a second load_delta": lambda base, delta: load_delta(load_delta(bert(base), delta.parent / "good"), delta),
+    "TaskBank": lambda base, delta: TaskBank(BertModel.from_pretrained(base)).add_task("a", delta),
+    "export_stock": lambda base, delta: export_stock(
+        BiasDelta.from_pretrained(delta), delta.parent / "stock", base=bert(base)
+    ),
+}
+
+
+@pytest.mark.parametrize("route", UNCHECKED)
+def test_a_file_without_a_fingerprint_loads_with_a_warning(route, base, delta, tmp_path):
+    shutil.copytree(delta, tmp_path / "good")
+    shutil.copytree(delta, tmp_path / "delta")
+    edit(tmp_path / "delta", base_fingerprint=None)
+    with pytest.warns(UserWarning, match=r"no `base_fingerprint`") as caught:
+        UNCHECKED[route](base, tmp_path / "delta")
+    assert len([w for w in caught if "base_fingerprint" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*base_fingerprint")
+        with base_mismatch("ignore"):
+            UNCHECKED["PeftModel"](base, tmp_path / "delta")
+        get_peft_model(bert(base), BitFitConfig())  # a new adapter has none yet
+
+
 def test_the_policy_is_never_read_from_the_file(base, delta, tmp_path):
     shutil.copytree(delta, tmp_path / "delta")
     edit(tmp_path / "delta", on_base_mismatch="ignore", base_mismatch="ignore")
@@ -730,6 +761,53 @@ def test_a_delta_moves_between_dtypes_of_one_checkpoint(there, here, base, tmp_p
     assert same_tensors(file_tensors(in_place_model), file_tensors(tuned))
     with pytest.raises(BaseModelMismatchError):
         PeftModel.from_pretrained(randomize_(bert(base), seed=5, std=0.02).to(here), tmp_path)
+
+
+def other_base(base: Path, **kwargs) -> nn.Module:
+    return change(bert(base, **kwargs), "query.bias")
+
+
+RELOADS: dict[str, Callable[[nn.Module, Path], object]] = {
+    "load_adapter": lambda model, folder: model.load_adapter(folder, "default"),
+    "load_adapter, to train on": lambda model, folder: model.load_adapter(folder, "default", is_trainable=True),
+    "load_adapter, on the meta device": lambda model, folder: model.load_adapter(
+        folder, "default", low_cpu_mem_usage=True
+    ),
+}
+
+
+@pytest.mark.parametrize("way", RELOADS)
+def test_another_base_is_refused_for_an_adapter_that_is_there(way, base, delta, tmp_path):
+    """The adapter belongs to the model at hand; the file's tensors belong to the base that the file names."""
+    model = get_peft_model(other_base(base, num_labels=3), BitFitConfig())
+    before = state(model)
+    with pytest.raises(BaseModelMismatchError, match="tensors differ"):
+        RELOADS[way](model, delta)
+    assert state(model) == before
+    with base_mismatch("warn"), pytest.warns(UserWarning, match="tensors differ"):
+        RELOADS[way](model, delta)
+    wanted = {k.removeprefix(PREFIX): v for k, v in load_file(delta / "adapter_model.safetensors").items()}
+    assert same_tensors(file_tensors(model), wanted)
+
+    at_home = get_peft_model(bert(base, num_labels=3), BitFitConfig())
+    RELOADS[way](at_home, delta)
+    assert same_tensors(file_tensors(at_home), wanted)
+
+
+def test_what_is_loaded_into_an_adapter_that_is_there_is_checked_like_any_other(base, delta, tmp_path):
+    shutil.copytree(delta, tmp_path / "delta")
+    (tmp_path / "delta" / "adapter_config.json").write_bytes(
+        json.dumps(LoraConfig(target_modules=["query"]).to_dict(), default=str).encode()
+    )
+    model = get_peft_model(bert(base, num_labels=3), BitFitConfig())
+    before = state(model)
+    with pytest.raises(DeltaFormatError, match="'LORA', not 'BITFIT'"):
+        model.load_adapter(tmp_path / "delta", "default")
+    shutil.copy(delta / "adapter_config.json", tmp_path / "delta")
+    mixture("adapter_model.safetensors")(tmp_path / "delta")
+    with pytest.raises(DeltaFormatError, match="two different saves"):
+        model.load_adapter(tmp_path / "delta", "default")
+    assert state(model) == before
 
 
 def test_loading_while_another_adapter_is_merged_sees_the_base(base, two_deltas):
