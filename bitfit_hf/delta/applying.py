@@ -1,8 +1,9 @@
 """The ledger of deltas that are written into a stock model: which they are, and what they were written over.
 
-Whatever is applied or removed, the model's biases are formed anew from the base's own (see [`bitfit_hf.terms.base_bias`]).
-The user may change the model in between, most of all load a state dict. So what the ledger wrote is compared with what
-is there: if all of it is gone, the ledger starts anew, and if a part is, that is an error.
+Whatever is applied or removed, the model's biases are formed anew from the base's own, see
+[`bitfit_hf.terms.base_bias`]. The user may change the model in between, most of all load a state dict. So what the
+ledger wrote is compared with what is there: if all of it is gone, the ledger starts anew, and if a part is, that is an
+error.
 """
 
 from __future__ import annotations

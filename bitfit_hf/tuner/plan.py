@@ -26,7 +26,7 @@ from ..terms.structure import stock_root, walk
 from ..terms.tasks import library_class, peft_task_type
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
-from .state import check_fit, is_bitfit
+from .state import check_fit, head_leaves, is_bitfit
 
 logger = logging.getLogger(__name__)
 
@@ -266,14 +266,13 @@ def _labels(model: nn.Module, config: BitFitConfig, head: list[str]) -> tuple[La
     if not head or not isinstance(model, PreTrainedModel) or not getattr(model.config, "id2label", None):
         return None, None
     own = Labels.of(model)
-    labels = own
-    if config.num_labels is not None:
-        names = config.id2label or (
-            own.id2label
-            if config.num_labels == own.num_labels
-            else {index: f"LABEL_{index}" for index in range(config.num_labels)}
-        )
-        labels = Labels(config.num_labels, names, config.problem_type or own.problem_type)
+    number = own.num_labels if config.num_labels is None else config.num_labels
+    names = config.id2label or (
+        own.id2label if number == own.num_labels else {index: f"LABEL_{index}" for index in range(number)}
+    )
+    # Another adapter's first batch may have settled the problem type that the model has at present.
+    stock = next((found for _, leaf in head_leaves(model) if (found := leaf.labels_of(None)) is not None), own)
+    labels = Labels(number, names, config.problem_type or stock.problem_type)
     leaves = {path: model.get_submodule(path) for path in head}
     sizes = {path: _sizes(leaf) for path, leaf in leaves.items()}
     logits = next((path for path in reversed(head) if own.num_labels in sizes[path]), None)
