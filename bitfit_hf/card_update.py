@@ -128,7 +128,7 @@ def read_card(path: Path, previous: str | None = None) -> OldCard | None:
         [`OldCard`], or `None` where there is none. Of a generated one only what people told the Trainer is left.
 
     Raises:
-        [`CardError`]: Its header cannot be read.
+        [`CardError`]: It, or its header, cannot be read.
     """
     before = None if previous is None else OldCard.parse(previous)
     if before is not None and before.is_stub:
@@ -139,6 +139,8 @@ def read_card(path: Path, previous: str | None = None) -> OldCard | None:
         return before
     except UnicodeDecodeError as error:
         raise CardError(f"it is no UTF-8 text ({error})") from error
+    except OSError as error:  # a folder, for example
+        raise CardError(f"it cannot be read ({error})") from error
     card = OldCard.parse(content)
     if not card.is_stub:
         return card
