@@ -31,7 +31,8 @@ def trainer_being_made() -> Trainer | None:
         if frame is None:
             break
         if frame.f_code is constructor:
-            return frame.f_locals["self"]
+            trainer = frame.f_locals.get("self")
+            return trainer if isinstance(trainer, Trainer) else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -27,12 +27,13 @@ from .checks import (
     adapter_configs,
     check_arguments,
     refuse_other_methods,
+    refuse_sentence_model,
     refuse_sharding_in_place,
     sharding_engine,
 )
 from .gradient_checkpointing import let_gradients_through
 from .parameter_groups import base_rates, check_optimizer, create_optimizer, trainable_deltas, trainable_head
-from .push import check_base_name, prepare_push
+from .push import check_base_name, check_card_place, prepare_push
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +56,15 @@ class BitFitCallback(TrainerCallback):
     When the Trainer is made, the callback injects the deltas into its model in place, or takes a model that
     `get_peft_model` has wrapped as it is. The deltas are trained with the Trainer's learning rate and no weight decay.
     Every checkpoint is small, and what the Trainer offers (resuming, the best model at the end, accumulation, mixed
-    precision, gradient checkpointing, `torch_compile`, DDP) works as for any model.
+    precision, gradient checkpointing, `torch_compile`, DDP, `model_init`, `hyperparameter_search`) works as for any
+    model. Whichever adapter is active, a Trainer saves and pushes its own.
 
     Args:
         config ([`BitFitConfig`], *optional*):
             What to tune; all biases by default. It is copied, so one callback serves many Trainers.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base.
+            Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base. Read when
+            the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter. Several tasks can be trained on one base, one after the other, under several names.
         recompute_activations (`bool`, *optional*, defaults to `False`):
@@ -153,8 +156,14 @@ class BitFitCallback(TrainerCallback):
         def save_model(
             original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any
         ) -> None:
-            assert trainer.model is not None
-            self._saved_to[trainer.model] = Path(output_dir or str(trainer.args.output_dir))
+            if trainer.model is None:
+                raise TrainerSetupError(
+                    "The Trainer has no model to save: a search for hyperparameters releases the model of each trial. "
+                    "Set the best run's values on `trainer.args`, and `train()` again."
+                )
+            folder = self._saved_to[trainer.model] = Path(output_dir or str(trainer.args.output_dir))
+            if isinstance(trainer.model, PeftModel):
+                check_card_place(folder)
             with saved_as_own(trainer.model, self.adapter_name):
                 original(output_dir, *args, **kwargs)
 
@@ -166,6 +175,7 @@ class BitFitCallback(TrainerCallback):
     def _prepare(self, model: nn.Module, args: TrainingArguments) -> None:
         check_arguments(args)
         refuse_other_methods(model)
+        refuse_sentence_model(model)
         refuse_sharding_in_place(model, args)
         if args.push_to_hub:
             check_base_name(model, self.adapter_name, self.config)

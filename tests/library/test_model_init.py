@@ -24,6 +24,7 @@ from trainer_tester import (
     trainer_for,
     tuned,
 )
+from transformers import TrainerCallback
 from tuner_tester import base_tensors, fill_, same_tensors
 
 from bitfit_hf import BitFitCallback, BitFitConfig
@@ -211,16 +212,41 @@ def test_optuna_searches_the_rates(way: str, tmp_path: Path) -> None:
     assert set(tuned(model)) >= HEAD
 
 
-def test_a_search_saves_small_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_search_saves_each_trial_in_its_own_folder(way: str, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="of the extra `test`")
-    trainer = by_init(IN_PLACE, tmp_path, BitFitCallback(), save_steps=4)
-    trainer.hyperparameter_search(
+    values = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+    trainer = by_init(way, tmp_path, BitFitCallback(), **values)
+    best: list[tuple[str, bool]] = []
+
+    def objective(metrics: dict[str, float]) -> float:
+        return metrics["eval_loss"]
+
+    class Look(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            folder = Path(state.best_model_checkpoint)
+            best.append((folder.parent.name, same(saved(folder), tuned(model))))
+
+    trainer.add_callback(Look())
+    run = trainer.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True)},
+        compute_objective=objective,
         backend="optuna",
         n_trials=2,
     )
-    base = sum(tensor.numel() for tensor in fresh().state_dict().values())
-    for run in ("run-0", "run-1"):
-        found = files(tmp_path / run / "checkpoint-4")
-        assert {"adapter_model.safetensors", "adapter_config.json"} <= set(found)
-        assert sum(size for name, size in found.items() if name.endswith(".safetensors")) < base
+    assert best == [("run-0", True), ("run-1", True)]
+    base = sum(4 * tensor.numel() for tensor in fresh().state_dict().values())
+    for trial in ("run-0", "run-1"):
+        for step in (2, 4):
+            found = files(tmp_path / trial / f"checkpoint-{step}")
+            assert {"adapter_model.safetensors", "adapter_config.json"} <= set(found)
+            assert ("model.safetensors" in found) == (way == IN_PLACE)
+            assert sum(size for name, size in found.items() if name.endswith(".safetensors")) < base / 2
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+    with pytest.raises(TrainerSetupError, match=r"no model to save[\s\S]*`train\(\)` again"):
+        trainer.save_model()
+    trainer.args.learning_rate = run.hyperparameters["learning_rate"]
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert same(saved(tmp_path / "saved"), tuned(trainer.model))
