@@ -16,13 +16,13 @@ from ..delta.applying import is_applied
 from ..errors import TaskBankError, UnknownHeadError
 from ..terms import Bias, find_biases, head_modules
 from ..terms.structure import stock_root, walk
+from ..tuner.nested import leaves, take
 from .batch import Batch, Member, running
 from .layers import BankedLayer
 from .parts import Part
 from .positions import most_tokens, positions_in_table
 from .regions import Region
 from .sites import Site
-from .trees import leaves, take
 from .trial import SIZES, Trial
 from .watch import Watch
 

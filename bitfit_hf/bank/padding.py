@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .trees import Path, leaves, rebuild
+from ..tuner.nested import Path, leaves, rebuild
 
 _MORE = 8  # tokens of padding; so many positions off, no answer stays what it was
 # Difference of two answers, as a share of the answer: far above rounding, far below a shift of the positions.

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..tuner.nested import same
 from .batch import current
-from .trees import same
 
 
 class Part:

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ..errors import TaskBankError
+from ..tuner.nested import SHARED, Path, leaves, rebuild, take
 from .batch import Batch, Member, current
 from .sites import Site
-from .trees import SHARED, Path, leaves, rebuild, take
 
 Axes = Mapping[Path, int]
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..errors import TaskBankError
+from ..tuner.nested import Path, batch_axis, leaves
 from .batch import Batch, Member, running
-from .trees import Path, batch_axis, leaves
 
 SIZES = (3, 5)  # no layer's width and no sequence here is a multiple of one and has the other's remainder
 _LENGTH = 7
