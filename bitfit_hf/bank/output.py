@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from .trees import SHARED, Path
+from ..tuner.nested import SHARED, Path
 
 
 class BankOutput(Sequence[ModelOutput]):

@@ -94,7 +94,7 @@ def write_over(layer: nn.Module, parameter: str, value: torch.Tensor) -> None:
     if stored is None:
         stored = layer._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
     else:
-        stored.data.copy_(value)
+        _write(stored, value)
     layer.__dict__.setdefault(_KEPT, {})[parameter] = (base, value.detach().to(stored.dtype, copy=True))
 
 
@@ -109,7 +109,7 @@ def put_back(layer: nn.Module, parameter: str) -> None:
     elif stored is None:
         layer._parameters[parameter] = nn.Parameter(base, requires_grad=False)
     else:
-        stored.data.copy_(base)
+        _write(stored, base)
     forget(layer, parameter)
 
 
@@ -158,6 +158,12 @@ def add_deltas(
             total = delta if total is None else total + delta
     assert total is not None  # there is at least one delta
     return total if total.dtype == dtype else total.to(dtype)
+
+
+@torch.no_grad()
+def _write(stored: torch.Tensor, value: torch.Tensor) -> None:
+    # Not by way of `.data`: torch counts this write, and so whoever shares the weights notices it, a `TaskBank` first.
+    stored.copy_(value)
 
 
 def _kept(layer: nn.Module) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:

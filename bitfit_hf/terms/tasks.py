@@ -195,7 +195,10 @@ def peft_task_type(model: PreTrainedModel) -> str | None:
 
 
 def library_class(cls: type) -> type:
-    """The class of transformers that `cls` is or derives from; `cls` itself where it is none of transformers'."""
+    """The class of transformers that `cls` is or derives from; `cls` itself where it is none of transformers'.
+
+    What transformers only gives classes to derive from, such as `BertPreTrainedModel`, has no forward and is no model.
+    """
     own = (base for base in cls.__mro__ if base.__module__.partition(".")[0] == "transformers")
-    found = next(own, None)
-    return cls if found is None or found is PreTrainedModel else found
+    found: type[PreTrainedModel] | None = next(own, None)
+    return cls if found is None or found.forward is PreTrainedModel.forward else found

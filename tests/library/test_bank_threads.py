@@ -112,13 +112,13 @@ class World:
 
     def check_at_rest(self) -> None:
         """Nobody holds anything, every row has one owner, and what was reserved twice or lost would show."""
-        tasks = self.bank._residents.tasks.values()
-        residents = [task.resident for task in tasks if task.resident is not None]
-        assert not any(resident.users for resident in residents)
-        assert self.bank._residents._occupied == len(residents)
-        assert self.bank._residents._leaving == 0
+        tasks = self.bank._store.tasks.values()
+        loaded = [task.loaded for task in tasks if task.loaded is not None]
+        assert not any(task.users for task in loaded)
+        assert self.bank._store._occupied == len(loaded)
+        assert self.bank._store._leaving == 0
         for site in self.bank._base.sites:
-            taken = [resident.rows[site.number] for resident in residents if resident.rows[site.number]]
+            taken = [task.rows[site.number] for task in loaded if task.rows[site.number]]
             assert len(taken) == len(set(taken))
             assert sorted(taken + site._free) == list(range(1, site._next))
 
