@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import DeltaMismatchError, TaskBankError, collect
-from ..fingerprint import OnMismatch
+from ..storage.fingerprint import OnMismatch
 from ..tuner.head import Labels
 from ..tuner.layer import span_index
 from .base import Base
@@ -41,7 +41,9 @@ class TaskBank:
     Args:
         base_model (`PreTrainedModel`):
             A stock backbone (`AutoModel`) or task model: what the deltas were trained on. It is not changed, and its
-            weights are shared, not copied.
+            weights are shared, not copied. So nothing may be written into them while the bank is used (`load_delta`,
+            training): requests then end in an error until it is taken back. To move or convert the model
+            (`model.to(...)`) has no effect on a bank that exists.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): For [`~TaskBank.predict`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Of the deltas in memory. `torch.bfloat16` and `torch.float16` take half; heads stay float32.
@@ -105,7 +107,8 @@ class TaskBank:
 
         Args:
             name (`str`): What requests will call it.
-            source ([`BiasDelta`], `str` or `os.PathLike`): A delta, or the folder or Hub repo of one.
+            source ([`BiasDelta`], `str` or `os.PathLike`): A delta, or the folder or Hub repo of one. A delta may be
+                edited afterwards; the task stays as it was added.
             pin (`bool`, *optional*, defaults to `False`): Never drops it from memory.
             revision (`str`, *optional*), subfolder (`str`, *optional*), token (`str` or `bool`, *optional*),
             cache_dir (`str` or `os.PathLike`, *optional*), local_files_only (`bool`, *optional*):
@@ -115,7 +118,8 @@ class TaskBank:
 
         Raises:
             [`BaseModelMismatchError`]: The delta was trained on another checkpoint than the bank's base.
-            [`DeltaMismatchError`], [`TaskBankError`]: It does not fit the base, or the name is taken.
+            [`DeltaMismatchError`], [`TaskBankError`]: It does not fit the base, or the name is taken; or the weights
+                of the base have been written into since the bank was made.
             [`BitFitError`]: It cannot be read.
         """
         if not isinstance(name, str) or not name:
@@ -129,9 +133,12 @@ class TaskBank:
         }
         origin = Source.of(source, options)
         with self._residents.writing:
+            self._base.watch.check_values()
             if name in self._residents.tasks:
                 raise TaskBankError(f"The bank has a task {name!r} already. Remove it first, or choose another name.")
             self._residents.check_room()
+            if self._residents.limit is not None and not pin:
+                origin.keep()
             delta = origin.read()
             kind = find_kind(self._base, delta, self._kinds, self.tokenizer)
             kind.check_base(delta, on_base_mismatch)
@@ -140,6 +147,8 @@ class TaskBank:
                 self._residents.bring_in(task)
             finally:
                 task.delta = None
+            if self._residents.limit is None or pin:
+                origin.release()
             self._residents.enter(task)
 
     def remove_task(self, name: str) -> None:
@@ -239,9 +248,11 @@ class TaskBank:
             [`BankOutput`]: One answer per example.
 
         Raises:
-            [`TaskBankError`]: A name is unknown, there are more or fewer names than examples, or none at all.
+            [`TaskBankError`]: A name is unknown, there are more or fewer names than examples, or none at all; the
+                weights of the base have been written into.
         """
         names = _check_batch(tasks, encoded)
+        self._base.watch.check()
         with self._residents.using(names) as held:
             places: dict[str | None, list[int]] = defaultdict(list)
             for example, name in enumerate(names):
@@ -265,7 +276,7 @@ class TaskBank:
                     for member in answering:
                         for example in member.examples:
                             outputs[example] = output
-        return BankOutput(outputs, names, self._base.mixing)
+        return BankOutput(outputs, names, self._base.answer_axes)
 
     def predict(
         self,
@@ -278,6 +289,8 @@ class TaskBank:
         """Answers texts with labels and scores.
 
         Texts of like length are run together, so that little is padded; the answers come in the order of the texts.
+        Padding stands where it changes no answer, whatever side the tokenizer names; a model that it changes on either
+        side runs texts of one length at a time. Of a text that is longer than the model takes, the beginning is read.
 
         Args:
             texts (`Sequence[str]`): Texts, or pairs `(first, second)`; for question answering `(question, context)`.
@@ -296,7 +309,8 @@ class TaskBank:
             - no new head: a dict of the model's output tensors, such as `last_hidden_state`, without padding.
 
         Raises:
-            [`TaskBankError`]: As for a call, or there is no tokenizer.
+            [`TaskBankError`]: As for a call, or there is no tokenizer; a text has no tokens, a context is empty, a
+                question leaves no room for its context; a task takes something else than texts.
         """
         return predict(self, texts, tasks, batch_size=batch_size, progress=progress)
 
@@ -312,6 +326,14 @@ class TaskBank:
         model = self._base.model
         return type(model).__name__, Labels.of(model) if getattr(model.config, "id2label", None) else None
 
+    def kind_of(self, name: str | None) -> Kind:
+        """What a task, or the base, has in common with others of its model class.
+
+        Raises:
+            [`TaskBankError`]: There is no such task.
+        """
+        return self._base_kind if name is None else self._residents.find(name).kind
+
     @property
     def device(self) -> torch.device:
         """Where the base is."""
@@ -320,7 +342,12 @@ class TaskBank:
     @property
     def max_length(self) -> int | None:
         """How many tokens the base takes, where its configuration says so."""
-        return getattr(self._base.model.config.get_text_config(), "max_position_embeddings", None)
+        return self._base.max_length
+
+    @property
+    def num_positions(self) -> int | None:
+        """How many tokens the base has positions for, where it looks them up in a table: more end in an error."""
+        return self._base.num_positions
 
 
 def _labels(delta: BiasDelta) -> Labels | None:

@@ -11,18 +11,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..applying import LEDGERS
+from ..backends.quantized import shared_state
+from ..delta.applying import is_applied
 from ..errors import TaskBankError, UnknownHeadError
-from ..quantised import shared_state
 from ..terms import Bias, find_biases, head_modules
 from ..terms.structure import stock_root, walk
 from .batch import Batch, Member, running
 from .layers import BankedLayer
 from .parts import Part
+from .positions import most_tokens, positions_in_table
 from .regions import Region
 from .sites import Site
 from .trees import leaves, take
 from .trial import SIZES, Trial
+from .watch import Watch
 
 # A mixed batch may differ from its examples one by one by this share of what the deltas change: far below what one
 # delta on the wrong example amounts to, far above rounding.
@@ -31,9 +33,10 @@ _TOLERANCE_HALF = 0.2
 
 
 class Base:
-    """A copy of a model's structure that shares every tensor with it, prepared for mixed batches.
+    """A copy of a model's structure that shares the memory of every tensor with it, prepared for mixed batches.
 
-    The given model is not touched: hooks, modes and classes of the copy are its own; weights are not copied.
+    The given model is not touched: hooks, modes and classes of the copy are its own; weights are not copied. Whoever
+    writes into them is noticed, see [`bitfit_hf.bank.watch`].
 
     Args:
         model (`nn.Module`): A stock transformers model.
@@ -58,15 +61,18 @@ class Base:
         self.device: torch.device = next(self.backbone.parameters()).device
         self.backbone_path = next(path for path, module in walk(self.model) if module is self.backbone)
         self.head = _head(self.model)
+        self.max_length = most_tokens(self.model)
+        self.num_positions = positions_in_table(self.model)
         self.sites: list[Site] = []
         self.layers: dict[nn.Module, BankedLayer] = {}
         self._parts: dict[nn.Module, Part] = {}
         self._take_over(dtype, limit)
         self.unsupported: dict[int, str] = {}
         trial = Trial(self.model if self._outside_backbone() else self.backbone, example_inputs)
-        self.mixing = trial.mixing
+        self.answer_axes = trial.answer_axes
         self._arrange(trial)
         self._verify(trial)
+        self.watch = Watch(self.model, {id(bias) for layer in self.layers.values() for bias in layer.stored_biases()})
 
     # --- the layers ---
 
@@ -215,7 +221,7 @@ def _check(model: nn.Module) -> PreTrainedModel:
             f"A bank serves tasks on a stock transformers model, got a {type(root).__name__}. Load the deltas' base "
             "with `AutoModel.from_pretrained(...)`."
         )
-    if root in LEDGERS:
+    if is_applied(root):
         raise TaskBankError(
             "This model has a delta written into its biases. Take it out (`delta.remove_(model)`) or load the base "
             "again; the delta can be a task of the bank."
@@ -231,14 +237,28 @@ def _head(model: PreTrainedModel) -> list[str]:
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A deep copy of everything but the tensors, which it shares."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} | shared_state(model)
-    twin = copy.deepcopy(model, memo).eval()
+    """A deep copy of everything but the values of the tensors, which it shares."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for module in model.modules():
+        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        # A quantised layer's parameters have state of their own, and it converts its bias as it computes.
+        plain = all(type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor for parameter in own)
+        for parameter in own:
+            if id(parameter) not in memo:
+                memo[id(parameter)] = _alias(parameter) if plain else parameter
+    twin = copy.deepcopy(model, memo | shared_state(model)).eval()
     for module in twin.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # nothing is generated, so caches of keys and values would be filled for nobody
     return twin
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter on the same memory, so that `model.to(...)` moves the given model's alone."""
+    alias = nn.Parameter(parameter.detach(), requires_grad=False)
+    vars(alias).update(vars(parameter))  # what libraries have noted on it
+    return alias
 
 
 def _fits(axis: int | None, layer: BankedLayer) -> bool:

@@ -13,14 +13,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, BitFitError, DeltaMismatchError, TaskBankError, collect
-from ..fingerprint import OnMismatch, check_base
+from ..storage.fingerprint import OnMismatch, check_base
 from ..terms import head_modules
 from ..terms.structure import walk
 from ..tuner.reading import stock_class
 from .base import Base
 from .batch import current
+from .padding import Padding
 
 _MAPPINGS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -138,6 +139,7 @@ class Kind:
         self.base = base
         self.shell = shell
         self.leaves = dict(leaves)
+        self.padding: Padding | None = None  # known once texts have been asked about
         self._verified: list[dict[str, Any]] = []
 
     def check_base(self, delta: BiasDelta, on_mismatch: OnMismatch | None) -> None:
@@ -147,7 +149,10 @@ class Kind:
             [`BaseModelMismatchError`]: The delta was trained on another checkpoint.
         """
         config = delta.config
-        if config.base_fingerprint is None or config.base_fingerprint in self._verified:
+        if config.base_fingerprint in self._verified:
+            return
+        if not config.base_fingerprint:
+            check_base(self.shell, None, delta_base=config.base_model_name_or_path, on_mismatch=on_mismatch)
             return
         try:
             check_base(

@@ -68,6 +68,10 @@ class BankedLayer:
         """`b_0`."""
         return self.layer._parameters.get(parameter)
 
+    def stored_biases(self) -> list[torch.Tensor]:
+        """`b_0` of each of its biases that the base has."""
+        return [bias for bias in map(self.base_bias, self.sites) if bias is not None]
+
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
         """What a reader of the layer's bias gets."""
         batch = current()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -10,12 +10,14 @@ from tqdm.auto import tqdm
 
 from ..errors import TaskBankError
 from ..tuner.head import Labels
+from .padding import Padding
 
 if TYPE_CHECKING:
     from .bank import TaskBank
 
 Prediction: TypeAlias = dict[str, Any] | list[dict[str, Any]]
 
+_SAMPLE = ("Who is it?", "We are.")
 _LONGEST_ANSWER = 30  # tokens
 _NO_LIMIT = 1_000_000  # a tokenizer's `model_max_length` above this says that it does not know
 
@@ -31,24 +33,57 @@ def predict(
     """See [`TaskBank.predict`]."""
     texts, tasks = _check(bank, texts, tasks, batch_size)
     described = {name: bank.describe(name) for name in dict.fromkeys(tasks)}
-    encodings = [_encode(bank, text, described[name][0]) for text, name in zip(texts, tasks, strict=True)]
-    # The longest first: memory is sufficient for all that follow, and what is left of the time is shown truly.
-    order = sorted(range(len(texts)), key=lambda i: -len(encodings[i]["input_ids"]))
+    _check_kinds(bank, described)
+    paddings = {name: _padding(bank, name) for name in described}
+    encodings = [_encode(bank, i, texts[i], described[tasks[i]][0]) for i in range(len(texts))]
     answers: list[Prediction] = [{} for _ in texts]
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="predict", unit="batch", disable=not progress):
-        chosen = order[start : start + batch_size]
-        features = [
-            {name: encodings[i][name] for name in bank.tokenizer.model_input_names if name in encodings[i]}
-            for i in chosen
-        ]
-        batch = bank.tokenizer.pad(features, return_tensors="pt").to(bank.device)
+    lengths = [len(encoding["input_ids"]) for encoding in encodings]
+    batches = _batches([paddings[name].side for name in tasks], lengths, batch_size)
+    for side, chosen in tqdm(batches, desc="predict", unit="batch", disable=not progress):
+        batch = _padded(bank, [encodings[i] for i in chosen], side=side)
         output = bank(**batch, tasks=[tasks[i] for i in chosen])
         for row, i in enumerate(chosen):
-            mask = batch["attention_mask"][row].bool().cpu()
-            values = {name: _unpadded(value, mask) for name, value in output[row].items()}
+            values = paddings[tasks[i]].cut(output[row], lengths[i])
             answers[i] = _decode(values, encodings[i], texts[i], *described[tasks[i]])
     return answers
+
+
+def _padding(bank: TaskBank, name: str | None) -> Padding:
+    """What padding does to the answers of a task; tried once for each class."""
+    kind = bank.kind_of(name)
+    if kind.padding is None:
+        encoding = _encode(bank, 0, _SAMPLE[: 2 if is_question(kind.name) else 1], kind.name)
+
+        def answering(length: int | None, side: str | None) -> Mapping[str, Any]:
+            (answer,) = bank(**_padded(bank, [encoding], side=side, length=length), tasks=[name])
+            return answer
+
+        preferred, length = bank.tokenizer.padding_side, len(encoding["input_ids"])
+        kind.padding = Padding.of(answering, length, preferred=preferred, room=_longest(bank))
+    return kind.padding
+
+
+def _batches(
+    sides: Sequence[str | None], lengths: Sequence[int], batch_size: int
+) -> list[tuple[str | None, list[int]]]:
+    """Which texts run together, padded on which side."""
+    groups: dict[tuple[str | None, int], list[int]] = {}
+    # The longest first: memory is sufficient for all that follow, and what is left of the time is shown truly.
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        groups.setdefault((sides[i], 0 if sides[i] else lengths[i]), []).append(i)
+    return [
+        (group[0], members[start : start + batch_size])
+        for group, members in groups.items()
+        for start in range(0, len(members), batch_size)
+    ]
+
+
+def _padded(bank: TaskBank, encodings: Sequence[Any], *, side: str | None, length: int | None = None) -> Any:
+    names = [name for name in bank.tokenizer.model_input_names if name in encodings[0]]
+    features = [{name: encoding[name] for name in names} for encoding in encodings]
+    padding = True if length is None else "max_length"
+    batch = bank.tokenizer.pad(features, padding, length, padding_side=side, return_tensors="pt")
+    return batch.to(bank.device)
 
 
 def _check(
@@ -73,29 +108,68 @@ def _check(
     return list(texts), list(tasks)
 
 
-def _encode(bank: TaskBank, text: str | Sequence[str], kind: str) -> Mapping[str, Any]:
+def _check_kinds(bank: TaskBank, names: Iterable[str | None]) -> None:
+    for name in names:
+        kind = bank.kind_of(name)
+        takes = kind.shell.main_input_name
+        if kind.name.endswith("ForMultipleChoice"):
+            takes = "several texts for each example"
+        elif takes == "input_ids":
+            continue
+        raise TaskBankError(
+            f"`predict` takes texts, and the task {name!r} is of a {kind.name}, which takes {takes}. Pass encoded "
+            "inputs: `bank(**encoded, tasks=[...])`."
+        )
+
+
+def _encode(bank: TaskBank, number: int, text: str | Sequence[str], kind: str) -> Mapping[str, Any]:
     tokenizer = bank.tokenizer
     parts = (text,) if isinstance(text, str) else tuple(text)
-    question = kind.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple"))
-    if question and len(parts) != 2:
-        raise TaskBankError(f"Question answering takes pairs `(question, context)`, got one text {text!r:.80}.")
-    longest = tokenizer.model_max_length
-    if longest > _NO_LIMIT:
-        longest = bank.max_length
-    return tokenizer(
+    question = is_question(kind)
+    longest = _longest(bank)
+    if question:
+        _check_question(tokenizer, number, parts, longest)
+    encoding = tokenizer(
         *parts,
         truncation=("only_second" if question else True) if longest is not None else False,
         max_length=longest,
         return_offsets_mapping=tokenizer.is_fast,
         return_special_tokens_mask=True,
     )
+    if not encoding["input_ids"]:
+        raise TaskBankError(f"texts[{number}] ({text!r:.80}) has no tokens, so there is nothing to answer from.")
+    if question and 1 not in encoding.sequence_ids():
+        raise TaskBankError(f"The context of texts[{number}] ({text[1]!r:.80}) is empty: there is no answer in it.")
+    return encoding
 
 
-def _unpadded(value: Any, mask: torch.Tensor) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_unpadded(item, mask) for item in value)
-    value = value.cpu()
-    return value[mask] if value.dim() and value.shape[0] == len(mask) else value
+def is_question(kind: str) -> bool:
+    """Whether a model class of this name answers questions from a context."""
+    return kind.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple"))
+
+
+def _check_question(tokenizer: Any, number: int, parts: Sequence[str], longest: int | None) -> None:
+    if not tokenizer.is_fast:
+        raise TaskBankError("Answers are cut out of the text, which takes a fast tokenizer (`use_fast=True`).")
+    if len(parts) != 2:
+        raise TaskBankError(
+            f"Question answering takes pairs `(question, context)`, got one text {parts[0]!r:.80} (texts[{number}])."
+        )
+    length = len(tokenizer(parts[0], add_special_tokens=False)["input_ids"])
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if longest is not None and length + special >= longest:
+        raise TaskBankError(
+            f"The question of texts[{number}] takes {length} tokens and {special} special ones, and the model takes "
+            f"{longest} in all, so nothing of the context would be read. Shorten the question ({parts[0]!r:.80})."
+        )
+
+
+def _longest(bank: TaskBank) -> int | None:
+    """How many tokens a text may have: what the tokenizer says, but no more than there are positions for."""
+    own = bank.tokenizer.model_max_length
+    if own > _NO_LIMIT:
+        return bank.max_length
+    return own if bank.num_positions is None else min(own, bank.num_positions)
 
 
 def _decode(
@@ -143,8 +217,6 @@ def _entities(logits: torch.Tensor, encoding: Any, text: Any, labels: Labels) ->
 
 
 def _answer(start: torch.Tensor, end: torch.Tensor, encoding: Any, text: Any) -> dict[str, Any]:
-    if "offset_mapping" not in encoding:
-        raise TaskBankError("Answers are cut out of the text, which takes a fast tokenizer (`use_fast=True`).")
     context = torch.tensor([part == 1 for part in encoding.sequence_ids()])
     # As in transformers' pipeline: probabilities over the context alone, and the likeliest span that runs forward.
     first, last = (logits.float().masked_fill(~context, -torch.inf).softmax(-1) for logits in (start, end))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import TaskBankError
-from ..fetch import fetch_delta
+from ..storage.fetch import fetch_delta
 from ..tuner.head import Labels
 from .kinds import Kind
 from .sites import Site
@@ -26,7 +27,7 @@ class Source:
     """Where a task's delta comes from, and comes from again when it has been dropped from memory.
 
     Args:
-        delta ([`BiasDelta`], *optional*): The delta itself; kept, since there is nowhere to read it from again.
+        delta ([`BiasDelta`], *optional*): The delta itself.
         place (`str`, *optional*): Else a folder or a Hub repo.
         options (`dict`): `revision`, `token` and the like.
     """
@@ -50,6 +51,14 @@ class Source:
                 f"{type(source).__name__}. For a tuned model, pass `BiasDelta.from_model(model)`."
             )
         return cls(None, os.fspath(source), options)
+
+    def keep(self) -> None:
+        """Makes sure of a delta that may be asked for again: the user's own may be edited meanwhile."""
+        self.delta = copy.deepcopy(self.delta)
+
+    def release(self) -> None:
+        """Lets go of a delta that will not be asked for again."""
+        self.delta = None
 
     def read(self) -> BiasDelta:
         """Reads the delta; every time the same one.

@@ -74,18 +74,24 @@ def example_inputs(model: nn.Module, batch_size: int) -> dict[str, torch.Tensor]
 
 
 def _text(config: Any, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep", "mask")}
+    special = {i for name in ("pad", "bos", "eos", "cls", "sep", "mask") for i in _token_ids(config, name)}
     usable = torch.tensor([i for i in range(min(config.vocab_size, 1000)) if i not in special])
     ids = usable[torch.randint(len(usable), (batch_size, _LENGTH), generator=generator)]
     mask = torch.ones_like(ids)
     # Without padding some models leave their attention mask out, and it would not be seen.
     mask[1::2, -1] = 0
-    if getattr(config, "pad_token_id", None) is not None:
-        ids[1::2, -1] = config.pad_token_id
-    eos = getattr(config, "eos_token_id", None)
-    if isinstance(eos, int):
+    for padding in _token_ids(config, "pad")[:1]:
+        ids[1::2, -1] = padding
+    for eos in _token_ids(config, "eos")[:1]:
         ids[:, -2] = eos  # BART and T5 classify at the end-of-sequence token
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def _token_ids(config: Any, name: str) -> list[int]:
+    """The ids of a special token that the vocabulary has. Configurations name others too: GPT-2's of another size."""
+    found = getattr(config, f"{name}_token_id", None)
+    ids = found if isinstance(found, (list, tuple)) else [found]
+    return [i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size]
 
 
 def repeated(inputs: Mapping[str, torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
@@ -148,10 +154,13 @@ class Trial:
         return calls
 
     @property
-    def mixing(self) -> set[str]:
-        """Outputs of the model in which several examples come together (CLIP's similarities)."""
+    def answer_axes(self) -> dict[Path, int | None]:
+        """The batch dimension of each tensor that the model returns.
+
+        `None` where several examples come together (CLIP's similarities), [`SHARED`] where it is the same for all.
+        """
         _, outputs = self.axes("")
-        return {str(path[0]) for call in outputs or () for path, axis in call.items() if path and axis is None}
+        return {path: axis for call in outputs or () for path, axis in call.items()}
 
     def reached(self, path: str) -> bool:
         """Whether the module was called."""
