@@ -200,15 +200,37 @@ class BitFitConfig(PeftConfig):
             return
         if self.num_labels is None:
             self.num_labels = len(self.id2label)
-        if (
-            not self.id2label
-            or len(self.id2label) != self.num_labels
-            or self.id2label.keys() != set(range(self.num_labels))
-        ):
+        _check_numbers(self.num_labels, self.id2label)
+
+    def set_labels(
+        self, num_labels: int, id2label: Mapping[Any, Any], problem_type: str | None, *, adapter_name: str
+    ) -> None:
+        """Replaces the labels by those that the model has when its delta is saved.
+
+        Args:
+            num_labels (`int`): How many labels the model's config has.
+            id2label (`Mapping`): Their names.
+            problem_type (`str`, *optional*): transformers' name of the loss.
+            adapter_name (`str`): Whose labels they are, for messages.
+
+        Raises:
+            [`ConfigError`]: A delta with these labels could not be loaded; the configuration is as it was.
+        """
+        if self.num_labels not in (None, num_labels):
             raise ConfigError(
-                f"`id2label` names the labels {sorted(self.id2label)[:8]} but `num_labels` is {self.num_labels}; "
-                f"name each of 0 to {self.num_labels - 1} once."
+                f"The model's config names {num_labels} labels, and the head of adapter {adapter_name!r} has "
+                f"{self.num_labels} outputs. Name as many in `model.config.id2label`, then save again."
             )
+        given = {"num_labels": num_labels, "id2label": dict(id2label), "problem_type": problem_type}
+        problems = [problem for name, value in given.items() if (problem := _CHECKS[name](name, value))]
+        if problems:
+            raise ConfigError(
+                f"The model's config holds labels of adapter {adapter_name!r} that no delta can be loaded with:"
+                f"{collect(problems)}\nMend `model.config`, then save again."
+            )
+        names = {int(index): label for index, label in id2label.items()}
+        _check_numbers(num_labels, names)
+        self.num_labels, self.id2label, self.problem_type = num_labels, names, problem_type
 
     def restore_given_base(self) -> None:
         """Puts back the base's name that the user gave, if there was one."""
@@ -324,6 +346,14 @@ def _any_fits(paths: Sequence[str], names: str | Sequence[str], *, unknown: bool
     if names == ALL_LINEAR:
         return unknown  # a path does not say what kind of layer is there
     return any(fits(path, names) for path in paths)
+
+
+def _check_numbers(num_labels: int, id2label: Mapping[int, str]) -> None:
+    if not id2label or len(id2label) != num_labels or id2label.keys() != set(range(num_labels)):
+        raise ConfigError(
+            f"`id2label` names the labels {sorted(id2label)[:8]} but `num_labels` is {num_labels}; "
+            f"name each of 0 to {num_labels - 1} once."
+        )
 
 
 def _canonical(bias_terms: str | Sequence[str]) -> str | list[str]:

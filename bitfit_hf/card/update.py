@@ -130,7 +130,7 @@ def read_card(path: Path, previous: str | None = None) -> OldCard | None:
         [`OldCard`], or `None` where there is none. Of a generated one only what people told the Trainer is left.
 
     Raises:
-        [`UnreadableCardError`]: Its header cannot be read.
+        [`UnreadableCardError`]: It, or its header, cannot be read.
     """
     before = None if previous is None else OldCard.parse(previous)
     if before is not None and before.is_stub:
@@ -141,6 +141,8 @@ def read_card(path: Path, previous: str | None = None) -> OldCard | None:
         return before
     except UnicodeDecodeError as error:
         raise UnreadableCardError(f"it is no UTF-8 text ({error})") from error
+    except OSError as error:  # a folder, for example
+        raise UnreadableCardError(f"it cannot be read ({error})") from error
     card = OldCard.parse(content)
     if not card.is_stub:
         return card

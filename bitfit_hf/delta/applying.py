@@ -118,13 +118,29 @@ class Ledger:
                     f"{bias.module} ({type(layer).__name__}) computes without a bias, so the added one cannot be "
                     "written into it. Load the delta as an adapter instead: `model.load_adapter(...)`."
                 )
+        labels, problems = self._fit_head(layers, delta)
+        if problems:
+            raise DeltaMismatchError(
+                f"This delta does not fit {type(model).__name__}:{collect(problems)}\n"
+                f"It was trained on {delta.name!r}; load it onto the same class of model."
+            )
+        self._check_values_at_hand(layers, delta)
+        return delta if delta.labels is None else replace(delta, labels=labels)
+
+    def _fit_head(self, layers: Mapping[str, nn.Module], delta: AppliedDelta) -> tuple[Labels | None, list[str]]:
         missing = [path for path in delta.head if path not in layers]
-        problems = [f"the head's {path} has no place: {type(model).__name__} has no such layer" for path in missing]
-        labels, logits = None, None
-        if not missing:
-            labels, logits = find_labels(model, list(delta.head), delta.labels)
-        for path in delta.head.keys() - set(missing):
-            tensors = delta.head[path]
+        if missing:
+            name = type(self.root).__name__
+            return None, [f"the head's {path} has no place: {name} has no such layer" for path in missing]
+        known = delta.labels
+        if known is None:
+            labels, logits = find_labels(self.root, list(delta.head))
+        else:
+            labels, logits = find_labels(
+                self.root, list(delta.head), known.num_labels, known.id2label, known.problem_type
+            )
+        problems = []
+        for path, tensors in delta.head.items():
             size = labels.num_labels if labels is not None and path == logits else None
             own = float32_copy(layers[path], size).state_dict()
             if own.keys() != tensors.keys():
@@ -136,13 +152,7 @@ class Ledger:
                 for key in own
                 if own[key].shape != tensors[key].shape
             ]
-        if problems:
-            raise DeltaMismatchError(
-                f"This delta does not fit {type(model).__name__}:{collect(problems)}\n"
-                f"It was trained on {delta.name!r}; load it onto the same class of model."
-            )
-        self._check_values_at_hand(layers, delta)
-        return delta if delta.labels is None else replace(delta, labels=labels)
+        return labels, problems
 
     def _check_values_at_hand(self, modules: Mapping[str, nn.Module], delta: AppliedDelta) -> None:
         owners = {group[0].module for group in delta.biases.values()} | set(delta.head)

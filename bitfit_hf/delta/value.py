@@ -33,7 +33,7 @@ from ..terms.structure import stock_root, walk
 from ..tuner.head import Labels
 from ..tuner.layer import PREFIX, span_index
 from ..tuner.plan import num_base_parameters
-from ..tuner.state import delta_parameters, head_tensors, is_bitfit
+from ..tuner.state import delta_parameters, head_tensors, is_bitfit, read_labels
 from .applying import AppliedDelta, ledger_of
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 "checkpoints use `BiasDelta.from_models(base, tuned)`."
             )
         put_back(tuned)
+        read_labels(tuned, adapter_name, config)
         deltas = {}
         for key, parameter in delta_parameters(tuned, adapter_name).items():
             module, _, last = key.rpartition(".")

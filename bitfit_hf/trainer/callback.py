@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +21,24 @@ from ..terms import SYMBOLS, TERMS
 from ..terms.structure import stock_root
 from ..training_run import TrainingRun, evaluation_metrics, training_run
 from ..tuner.state import is_bitfit, tuned_layers
-from .checkpoints import accept_checkpoints, is_ours, write_checkpoint
+from .access import around, trainer_being_made
+from .checkpoints import accept_checkpoints, check_resumable, is_ours, saved_as_own, write_checkpoint
 from .checks import (
     adapter_configs,
     check_arguments,
     refuse_other_methods,
+    refuse_sentence_model,
     refuse_sharding_in_place,
     sharding_engine,
 )
 from .gradient_checkpointing import let_gradients_through
-from .parameter_groups import base_rates, check_optimizer, head_rate, set_head_rate, trainable_deltas, trainable_head
-from .push import check_base_name, prepare_push
+from .parameter_groups import base_rates, check_optimizer, create_optimizer, trainable_deltas, trainable_head
+from .push import check_base_name, check_card_place, prepare_push
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.hooks import RemovableHandle
-    from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +56,15 @@ class BitFitCallback(TrainerCallback):
     When the Trainer is made, the callback injects the deltas into its model in place, or takes a model that
     `get_peft_model` has wrapped as it is. The deltas are trained with the Trainer's learning rate and no weight decay.
     Every checkpoint is small, and what the Trainer offers (resuming, the best model at the end, accumulation, mixed
-    precision, gradient checkpointing, `torch_compile`, DDP) works as for any model.
+    precision, gradient checkpointing, `torch_compile`, DDP, `model_init`, `hyperparameter_search`) works as for any
+    model. Whichever adapter is active, a Trainer saves and pushes its own.
 
     Args:
         config ([`BitFitConfig`], *optional*):
             What to tune; all biases by default. It is copied, so one callback serves many Trainers.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base.
+            Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base. Read when
+            the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter. Several tasks can be trained on one base, one after the other, under several names.
         recompute_activations (`bool`, *optional*, defaults to `False`):
@@ -109,7 +114,7 @@ class BitFitCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._arguments: weakref.WeakValueDictionary[int, TrainingArguments] = weakref.WeakValueDictionary()
+        self._saved_to: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
         self._first_step = False
         self._hooks: list[RemovableHandle] = []
         self._warned: list[float] = []
@@ -124,11 +129,53 @@ class BitFitCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Injects the adapter into the Trainer's model, and sees to the optimizer that the Trainer will make."""
+        """Injects the adapter into the Trainer's model, and has a say in what the Trainer does between its events."""
         if model is None:
             raise TrainerSetupError("The Trainer has no model to tune.")
+        trainer = trainer_being_made()
+        self._prepare(model, args)
+        if trainer is not None:
+            self._join(trainer)
+
+    def _join(self, trainer: Trainer) -> None:
+        """Replaces those methods of the Trainer that have no event, or one that comes too late."""
+
+        def call_model_init(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+            model = original(*args, **kwargs)
+            self._prepare(model, trainer.args)
+            return model
+
+        def make_optimizer(original: Callable[..., torch.optim.Optimizer], *args: Any, **kwargs: Any) -> Any:
+            return create_optimizer(original, trainer, *args, head_learning_rate=self.head_learning_rate, **kwargs)
+
+        def load_from_checkpoint(original: Callable[..., None], checkpoint: str, *args: Any, **kwargs: Any) -> None:
+            assert trainer.model is not None
+            check_resumable(trainer.model, self.adapter_name, checkpoint)
+            original(checkpoint, *args, **kwargs)
+
+        def save_model(
+            original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any
+        ) -> None:
+            if trainer.model is None:
+                raise TrainerSetupError(
+                    "The Trainer has no model to save: a search for hyperparameters releases the model of each trial. "
+                    "Set the best run's values on `trainer.args`, and `train()` again."
+                )
+            folder = self._saved_to[trainer.model] = Path(output_dir or str(trainer.args.output_dir))
+            if isinstance(trainer.model, PeftModel):
+                check_card_place(folder)
+            with saved_as_own(trainer.model, self.adapter_name):
+                original(output_dir, *args, **kwargs)
+
+        around(trainer, "call_model_init", call_model_init)
+        around(trainer, "create_optimizer", make_optimizer)
+        around(trainer, "_load_from_checkpoint", load_from_checkpoint)
+        around(trainer, "save_model", save_model)
+
+    def _prepare(self, model: nn.Module, args: TrainingArguments) -> None:
         check_arguments(args)
         refuse_other_methods(model)
+        refuse_sentence_model(model)
         refuse_sharding_in_place(model, args)
         if args.push_to_hub:
             check_base_name(model, self.adapter_name, self.config)
@@ -138,10 +185,8 @@ class BitFitCallback(TrainerCallback):
         else:
             self._check_same_selection(model)
         self._activate(model)
-        set_head_rate(model, args, self.head_learning_rate)
         accept_checkpoints(model)
         self._prepared.add(model)
-        self._arguments[id(args)] = args
 
     def _inject(self, model: nn.Module, args: TrainingArguments) -> None:
         if isinstance(model, PeftModel):
@@ -205,13 +250,14 @@ class BitFitCallback(TrainerCallback):
         """Checks, before the first step, that the deltas and the head are trained and nothing else."""
         assert model is not None  # the Trainer always passes it
         sharded = sharding_engine(args) is not None
-        self._check_model(model, args, sharded=sharded)
+        self._check_model(model, sharded=sharded)
         if optimizer is not None and not sharded:
             check_optimizer(
                 model,
                 optimizer,
                 learning_rate=args.learning_rate,
                 head_learning_rate=self.head_learning_rate,
+                resumed=state.global_step > 0,
             )
             if state.is_world_process_zero:
                 self._warn_of_low_rate(base_rates(trainable_deltas(model).values(), optimizer))
@@ -229,16 +275,14 @@ class BitFitCallback(TrainerCallback):
             hook.remove()
         self._hooks.clear()
 
-    def _check_model(self, model: nn.Module, args: TrainingArguments, *, sharded: bool) -> None:
+    def _check_model(self, model: nn.Module, *, sharded: bool) -> None:
         if not is_bitfit(model):
             raise TrainerSetupError(
                 "The Trainer's model has no BitFit adapter. Either the callback was added after the Trainer was made: "
-                "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards, as "
-                "`model_init` does: return `get_peft_model(model, BitFitConfig(...))` from `model_init`."
+                "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards: "
+                "make a new Trainer for another model, or give the Trainer a `model_init`."
             )
-        known = model in self._prepared
-        from_model_init = isinstance(model, PeftModel) and self._arguments.get(id(args)) is args
-        if not (known or from_model_init or sharded):
+        if not (model in self._prepared or sharded):
             raise TrainerSetupError(
                 "The callback did not set up the model that the Trainer trains: the callback was added, or the model "
                 "replaced, after the Trainer was made. Pass both to `Trainer(model, callbacks=[BitFitCallback(...)])`."
@@ -255,12 +299,6 @@ class BitFitCallback(TrainerCallback):
                 f"The adapter {self.adapter_name!r} is not the one that the model computes with: active are "
                 f"{sorted(active)}, and none counts while adapters are disabled or merged. Make the Trainer after "
                 "`enable_adapters`, `unmerge_adapter` and after the Trainers of other adapters on this model are done."
-            )
-        if not sharded and head_rate(model, args) != self.head_learning_rate:
-            raise TrainerSetupError(
-                f"`head_learning_rate={self.head_learning_rate}` was set for this Trainer, and later another callback "
-                f"set {head_rate(model, args)} for the same model and the same `TrainingArguments`. Give each Trainer "
-                "`TrainingArguments` of its own."
             )
 
     def _warn_of_low_rate(self, rates: set[float]) -> None:
@@ -320,7 +358,8 @@ class BitFitCallback(TrainerCallback):
         """Adds to a checkpoint of an in-place model the small file that the Trainer resumes from."""
         if model is None or isinstance(model, PeftModel) or not args.should_save or sharding_engine(args) is not None:
             return
-        write_checkpoint(model, self.adapter_name, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+        if model in self._saved_to:  # a search for hyperparameters saves each trial in a folder of its own
+            write_checkpoint(model, self.adapter_name, self._saved_to[model])
 
     def on_push_begin(
         self,

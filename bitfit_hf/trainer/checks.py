@@ -8,6 +8,7 @@ from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
 from ..errors import OptimizerError, TrainerSetupError
@@ -105,4 +106,18 @@ def refuse_other_methods(model: nn.Module) -> None:
         raise TrainerSetupError(
             f"The model has adapters of another method ({', '.join(sorted(names))}), which the callback "
             "does not train. Pass a stock model, or one wrapped with `get_peft_model(model, BitFitConfig(...))`."
+        )
+
+
+def refuse_sentence_model(model: nn.Module) -> None:
+    """Refuses a model of sentence-transformers, whose Trainer keeps adapters in files of that library.
+
+    Raises:
+        [`TrainerSetupError`]: It is one, stock or wrapped.
+    """
+    root = stock_root(model)
+    if isinstance(getattr(root, "transformers_model", None), PreTrainedModel):
+        raise TrainerSetupError(
+            f"{type(root).__name__} holds a transformers model, and its own library trains, saves and loads adapters "
+            "of that one. Add the adapter with `model.add_adapter(BitFitConfig(...))`, and leave the callback out."
         )

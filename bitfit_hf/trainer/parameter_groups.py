@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..errors import OptimizerError, TrainerSetupError, collect
-from ..tuner.state import delta_parameters, head_leaves, is_bitfit, tuned_layers
+from ..errors import OptimizerError, collect
+from ..tuner.state import delta_parameters, head_leaves, tuned_layers
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import Trainer
 
 
 def optimizer_groups(
@@ -95,6 +95,7 @@ def check_optimizer(
     *,
     learning_rate: float | None = None,
     head_learning_rate: float | None = None,
+    resumed: bool = False,
 ) -> None:
     """Checks that `optimizer` trains the deltas and the head of `model`, nothing else, and decays no delta.
 
@@ -102,7 +103,9 @@ def check_optimizer(
         model (`nn.Module`): With a BitFit adapter injected.
         optimizer (`torch.optim.Optimizer`): Or a wrapper with `param_groups`.
         learning_rate (`float`, *optional*), head_learning_rate (`float`, *optional*):
-            Where a rate for the head was asked for: the base rates that the groups have to show.
+            The rates that were asked for. The groups have to show them where a rate for the head is among them, and
+            where the Trainer has made the optimizer; one of the user's own brings its rates along.
+        resumed (`bool`, *optional*, defaults to `False`): Whether the groups' values come from a checkpoint.
 
     Raises:
         [`OptimizerError`]: It does something else; what is named.
@@ -140,15 +143,29 @@ def check_optimizer(
             "Leave the base frozen. An optimizer of your own has to be made from `bitfit_hf.optimizer_groups(model, "
             "learning_rate, …)`, after `model = get_peft_model(model, BitFitConfig(...))`."
         )
-    if head_learning_rate is not None:
-        problems += _rates(deltas, held, learning_rate, "deltas")
-        problems += _rates(head, held, head_learning_rate, "head")
+    made = getattr(optimizer, "optimizer", optimizer) in _made  # accelerate wraps it
+    if learning_rate is not None and (made or head_learning_rate is not None):
+        asked = optimizer_groups(model, learning_rate, head_learning_rate=head_learning_rate)
+        problems = list(dict.fromkeys(_other_rates(asked, held)))
     if problems:
         raise OptimizerError(
-            f"The optimizer does not use the rates that were asked for:{collect(problems)}\n"
-            "An optimizer of your own brings its rates along: give them to `bitfit_hf.optimizer_groups`, and none to "
-            "the callback. A resumed run keeps the rates that its checkpoint was saved with."
+            f"The optimizer's parameter groups do not use the rates that were asked for:{collect(problems)}\n"
+            + (_RESUMED if resumed else _KEPT if made else _OWN)
         )
+
+
+_OWN = (
+    "An optimizer of your own brings its rates along: give them to `bitfit_hf.optimizer_groups`, and none to the "
+    "callback."
+)
+_KEPT = (
+    "They were changed after the Trainer had made its optimizer, which it keeps for every later `train()`. Set "
+    "`trainer.optimizer = None` to have a new one made, or make a new Trainer."
+)
+_RESUMED = (
+    "A resumed run keeps the rates that its checkpoint was saved with: ask for these again. For other rates start a "
+    "new run from the checkpoint's delta, without `resume_from_checkpoint`."
+)
 
 
 def base_rates(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> set[float]:
@@ -157,79 +174,83 @@ def base_rates(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimi
     return {_base_rate(held[id(parameter)]) for parameter in parameters}
 
 
-def _base_rate(group: dict[str, Any]) -> float:
-    # The scheduler keeps the rate that a group began with in `initial_lr`.
+def _base_rate(group: Mapping[str, Any]) -> float:
+    # Schedules keep the rate that a group began with in `initial_lr`.
     return float(group.get("initial_lr", group["lr"]))
 
 
-def _rates(
-    parameters: dict[str, nn.Parameter], held: dict[int, dict[str, Any]], rate: float | None, what: str
-) -> Iterable[str]:
-    found = {_base_rate(held[id(parameter)]) for parameter in parameters.values()}
-    if rate is not None and found - {rate}:
-        yield f"learning rate of the {what}: {', '.join(map(str, sorted(found)))} instead of {rate}"
+def _other_rates(asked: Iterable[dict[str, Any]], held: Mapping[int, Mapping[str, Any]]) -> Iterable[str]:
+    for group in asked:
+        found = {_base_rate(held[id(parameter)]) for parameter in group["params"]}
+        if found - {group["lr"]}:
+            what = "deltas" if group["name"] == "delta" else "head"
+            yield f"learning rate of the {what}: {', '.join(map(str, sorted(found)))} instead of {group['lr']}"
 
 
 # --- the optimizer that a Trainer makes ---
 
-# Where the latest rate for a head waits for a model that `model_init` is still to make.
-_HEAD_RATE = "_bitfit_head_learning_rate"
-# A Trainer is known by its model and its arguments: here for each model the rates by (weakly held) arguments.
-_Rates = list[tuple["weakref.ref[TrainingArguments]", float | None]]
-_head_rates: weakref.WeakKeyDictionary[nn.Module, _Rates] = weakref.WeakKeyDictionary()
+# The optimizers that Trainers have made with our groups.
+_made: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+# What a Trainer of another library may hand to its optimizer in place of the stock groups.
+_GROUPS = ("params", "model", "optimizer_dict")
 
 
-def set_head_rate(model: nn.Module, args: TrainingArguments, rate: float | None) -> None:
-    """Has the Trainer of `model` and `args` make its optimizer with BitFit's groups, also when it resumes.
+def create_optimizer(
+    create: Callable[..., torch.optim.Optimizer],
+    trainer: Trainer,
+    *args: Any,
+    head_learning_rate: float | None = None,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Has a Trainer make its optimizer with BitFit's groups: they are right from the first step, also on resume.
 
-    The Trainer looks `args.optim` up in a table of handlers, and takes the groups that a handler returns instead of
-    its own. The handler is wrapped once; it acts only for Trainers that were given a rate for the head, so others keep
-    their own groups. Without such a rate the Trainer's groups are right as they are.
+    The Trainer takes its groups from `optimizer_cls_and_kwargs` where a user has given them there; they are put there
+    for as long as it makes the optimizer. An optimizer or groups that somebody else has chosen are left as they are,
+    and checked like any other before the first step.
 
     Args:
-        model (`nn.Module`): The Trainer's model, with a BitFit adapter injected.
-        args ([`~transformers.TrainingArguments`]): The Trainer's arguments.
-        rate (`float`, *optional*): The head's learning rate; `None` for the Trainer's own groups.
+        create (`Callable`): The Trainer's own `create_optimizer`.
+        trainer ([`~transformers.Trainer`]): The Trainer.
+        args, kwargs: For `create`: in some versions and setups the model, where it is not the Trainer's.
+        head_learning_rate (`float`, *optional*): For the head; `args.learning_rate` by default.
 
-    Raises:
-        [`TrainerSetupError`]: This version of transformers has no such table.
+    Returns:
+        `torch.optim.Optimizer`: What `create` returns.
     """
-    others = [entry for entry in _head_rates.get(model, []) if entry[0]() is not None and entry[0]() is not args]
-    _head_rates[model] = [*others, (weakref.ref(args), rate)]
-    if rate is None:
-        vars(args).pop(_HEAD_RATE, None)
-        return
-    setattr(args, _HEAD_RATE, rate)
+    model: Any = (args[0] if args else kwargs.get("model")) or trainer.model
+    chosen = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
+    if chosen or not trainable_deltas(model):
+        return create(*args, **kwargs)
+    cls, values = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    if not isinstance(cls, type) or any(name in values for name in _GROUPS):
+        return create(*args, **kwargs)
+    groups = optimizer_groups(
+        model,
+        trainer.args.learning_rate,
+        head_learning_rate=head_learning_rate,
+        weight_decay=trainer.args.weight_decay,
+    )
+    for group in groups:
+        group["initial_lr"] = group["lr"]  # not every schedule notes it
+    trainer.optimizer_cls_and_kwargs = cls, {**values, "params": groups}
     try:
-        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS as handlers
-    except ImportError as error:
-        raise TrainerSetupError(
-            "This version of transformers has no place where a callback could set the head's learning rate. Give the "
-            "groups to the Trainer instead: `Trainer(..., optimizer_cls_and_kwargs=(torch.optim.AdamW, {'params': "
-            "bitfit_hf.optimizer_groups(model, learning_rate, head_learning_rate=...)}))`, with a wrapped model."
-        ) from error
-    handler = handlers.get(args.optim)
-    if handler is not None and not hasattr(handler, "_bitfit_wraps"):
-        handlers[args.optim] = _with_groups(handler)
+        optimizer = create(*args, **kwargs)
+    finally:
+        trainer.optimizer_cls_and_kwargs = None
+    if [group.get("name") for group in optimizer.param_groups] == [group["name"] for group in groups]:
+        optimizer.register_load_state_dict_pre_hook(_check_saved_groups)
+        _made.add(optimizer)
+    return optimizer
 
 
-def head_rate(model: nn.Module, args: TrainingArguments) -> float | None:
-    """The rate that [`set_head_rate`] was last given for this Trainer."""
-    for owner, rate in _head_rates.get(model, []):
-        if owner() is args:
-            return rate
-    return getattr(args, _HEAD_RATE, None)
-
-
-def _with_groups(handler: Any) -> Any:
-    def with_groups(context: Any) -> tuple[Any, dict[str, Any]]:
-        optimizer_cls, kwargs = handler(context)
-        model, args = context.model, context.args
-        if model is not None and is_bitfit(model) and (rate := head_rate(model, args)) is not None:
-            kwargs["params"] = optimizer_groups(
-                model, args.learning_rate, head_learning_rate=rate, weight_decay=args.weight_decay
-            )
-        return optimizer_cls, kwargs
-
-    with_groups._bitfit_wraps = handler  # type: ignore[attr-defined]
-    return with_groups
+def _check_saved_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    saved, own = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if saved != own:
+        names = [group["name"] for group in optimizer.param_groups]
+        raise OptimizerError(
+            f"The checkpoint's optimizer has parameter groups of {saved} tensors, and this run's ({', '.join(names)}) "
+            f"are of {own}. The checkpoint was saved by a Trainer without this callback, or with another choice of "
+            "parameters. Resume as it was saved, or start a new run from its delta, without `resume_from_checkpoint`."
+        )

@@ -9,6 +9,7 @@ the Trainer lets the model write the last version of the card.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from ..card.model_card import write_card
 from ..delta.value import BiasDelta
-from ..errors import DeltaNotFoundError, PushError
+from ..errors import DeltaIOError, DeltaNotFoundError, PushError
 from ..hub.contents import GITIGNORE, TOKENIZER_FILES, draw_change, gitignore, refuse_local_base, tokenizer_files
 from ..hub.push import card_on_hub
 from ..storage.files import CARD_FILE, write_bytes, write_pair
@@ -50,6 +51,20 @@ def check_base_name(model: nn.Module, adapter_name: str, config: BitFitConfig | 
     refuse_local_base(given or getattr(stock_root(model), "name_or_path", None))
 
 
+def check_card_place(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder where the model card goes: the Trainer and PEFT read the card first, and fail there.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the Trainer is about to save.
+
+    Raises:
+        [`DeltaIOError`]: There is one.
+    """
+    card = Path(folder, CARD_FILE)
+    if card.is_dir():
+        raise DeltaIOError(f"{card} is a folder, and the model card has to go there. Remove or rename it, then go on.")
+
+
 def prepare_push(
     model: nn.Module, args: TrainingArguments, adapter_name: str, *, step: int, processing_class: Any = None
 ) -> None:
@@ -64,9 +79,11 @@ def prepare_push(
 
     Raises:
         [`PushError`]: The base is known by a local path only.
+        [`DeltaIOError`]: There is a folder where the card goes.
     """
     check_base_name(model, adapter_name)
     folder = Path(str(args.output_dir))
+    check_card_place(folder)
     names = {*TOKENIZER_FILES, *(tokenizer_files(processing_class) if processing_class is not None else ())}
     local = folder / CARD_FILE
     card = local.read_bytes() if local.is_file() else None

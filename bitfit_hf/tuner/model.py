@@ -35,6 +35,7 @@ from .state import (
     head_tensors,
     load_tensors,
     put,
+    read_labels,
     remove_adapter,
     stock_path,
     tuned_layers,
@@ -265,7 +266,9 @@ class BitFitModel(BaseTuner):
                 raise DeltaMismatchError(
                     f"The adapters {adapters[0]!r} and {name!r} tune different biases; their deltas cannot be added."
                 )
-        config: Any = copy.deepcopy(self.peft_config[adapters[0]])
+        first: Any = self.peft_config[adapters[0]]
+        read_labels(self.model, adapters[0], first)
+        config = copy.deepcopy(first)
         config.new()
         self.peft_config[adapter_name] = config
         try:
@@ -340,6 +343,7 @@ class BitFitModel(BaseTuner):
             live = next(key for key in (f"{KEY_PREFIX}{path}", path) if _has(state_dict, key))
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
             saved |= {f"{path}.{k}": v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
+        read_labels(model, adapter_name, config)
         config.about_to_save(saved)
         return deltas
 

@@ -5,7 +5,7 @@ What was tuned is what the delta's `bias_layout` says, whatever this version of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -17,6 +17,7 @@ from ..terms.base_bias import base_bias
 from ..terms.structure import shape_of, stock_root, walk
 from ..terms.survey import survey_model
 from .head import BitFitHead, Labels, output_size
+from .state import head_leaves
 
 
 def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *, base: str | None) -> list[Bias]:
@@ -76,13 +77,20 @@ def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None) -> str | No
     return None
 
 
-def find_labels(model: nn.Module, head: list[str], given: Labels | None) -> tuple[Labels | None, str | None]:
+def find_labels(
+    model: nn.Module,
+    head: Sequence[str],
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    problem_type: str | None = None,
+) -> tuple[Labels | None, str | None]:
     """An adapter's labels, and the leaf of its head that makes that many outputs.
 
     Args:
         model (`nn.Module`): The model.
-        head (`list[str]`): The head's leaves.
-        given ([`Labels`], *optional*): What is known of the labels; names may be missing.
+        head (`Sequence[str]`): The head's leaves.
+        num_labels (`int`, *optional*), id2label (`Mapping[int, str]`, *optional*), problem_type (`str`, *optional*):
+            What is known of the labels; the rest is the model's.
 
     Raises:
         [`DeltaMismatchError`]: The model's head cannot be given that many outputs.
@@ -91,13 +99,13 @@ def find_labels(model: nn.Module, head: list[str], given: Labels | None) -> tupl
     if not head or not isinstance(root, PreTrainedModel) or not getattr(root.config, "id2label", None):
         return None, None
     own = Labels.of(root)
-    labels = own
-    if given is not None:
-        number = given.num_labels
-        names = given.id2label or (
-            own.id2label if number == own.num_labels else {index: f"LABEL_{index}" for index in range(number)}
-        )
-        labels = Labels(number, dict(names), given.problem_type or own.problem_type)
+    number = own.num_labels if num_labels is None else num_labels
+    names = id2label or (
+        own.id2label if number == own.num_labels else {index: f"LABEL_{index}" for index in range(number)}
+    )
+    # Another adapter's first batch may have settled the problem type that the model has at present.
+    stock = next((found for _, leaf in head_leaves(root) if (found := leaf.labels_of(None)) is not None), own)
+    labels = Labels(number, dict(names), problem_type or stock.problem_type)
     leaves = {path: root.get_submodule(path) for path in head}
     sizes = {path: _sizes(leaf) for path, leaf in leaves.items()}
     logits = next((path for path in reversed(head) if own.num_labels in sizes[path]), None)

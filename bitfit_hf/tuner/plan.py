@@ -141,10 +141,7 @@ def make_plan(
         everywhere[bias.module] = known if bias.parameter in known else (*known, bias.parameter)
     parameters = {bias.module: everywhere.get(bias.module, (bias.parameter,)) for bias in biases}
 
-    given = None
-    if config.num_labels is not None:
-        given = Labels(config.num_labels, dict(config.id2label or {}), config.problem_type)
-    labels, logits = find_labels(model, head, given)
+    labels, logits = find_labels(model, head, config.num_labels, config.id2label, config.problem_type)
     return Plan(
         biases=biases,
         parameters=parameters,

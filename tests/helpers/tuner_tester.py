@@ -26,6 +26,14 @@ def config_for(arch: Architecture, **values: Any) -> BitFitConfig:
     return BitFitConfig(**{"add_missing_biases": arch.bias_free, **values})
 
 
+def frozen(arch: Architecture) -> nn.Module:
+    """A fresh stock model of `arch` whose outputs can be compared with a tuned one's to the last bit.
+
+    It is frozen as tuning leaves it: on some processors matmul takes another path for weights that need a gradient.
+    """
+    return arch.build().requires_grad_(False)
+
+
 def tune(arch: Architecture, adapter_name: str = "default", *, seed: int = 0, **values: Any) -> PeftModel:
     """A fresh model of `arch`, wrapped, in eval mode."""
     return get_peft_model(arch.build(seed), config_for(arch, **values), adapter_name=adapter_name).eval()
@@ -81,10 +89,16 @@ def outputs(model: nn.Module, arch: Architecture, *, batch_size: int = 2, **kwar
     return [tensor.clone() for tensor in found]
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bit patterns of a tensor, as integers: they can be compared where there are NaN, and 0.0 is not -0.0."""
+    of_width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().view(of_width[tensor.element_size()])
+
+
 def identical(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
     """Whether two lists of tensors are equal to the last bit, dtypes included."""
     return len(first) == len(second) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+        a.dtype == b.dtype and torch.equal(bits(a), bits(b)) for a, b in zip(first, second, strict=True)
     )
 
 

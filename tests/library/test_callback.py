@@ -52,7 +52,7 @@ def said(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_stock_and_a_wrapped_model(way: str, callback: Any, tmp_path: Path) -> None:
     model = prepared(way)
-    before = fresh()
+    before = fresh().requires_grad_(False)  # as tuning leaves it, which can change the last bit of a matmul
     trainer = trainer_for(model, tmp_path, callback)
     assert trainer.model is model
     batch = {key: value.unsqueeze(0) for key, value in rows(1)[0].items()}
@@ -246,52 +246,6 @@ def test_a_callback_added_late_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(TrainerSetupError, match="added, or the model replaced, after the Trainer was made"):
             trainer.train()
         assert not moved(model)
-
-
-def test_model_init_with_a_stock_model_is_an_error(tmp_path: Path) -> None:
-    made = []
-
-    def model_init() -> Any:
-        made.append(fresh())
-        return made[-1]
-
-    trainer = trainer_for(None, tmp_path, options={"model_init": model_init})
-    with pytest.raises(
-        TrainerSetupError, match=r"return `get_peft_model\(model, BitFitConfig\(...\)\)` from `model_init`"
-    ):
-        trainer.train()
-    assert len(made) == 2
-    assert same_tensors(base_tensors(made[1]), base_tensors(fresh()))
-
-
-@pytest.mark.parametrize("head_rate", [None, 3e-3])
-def test_model_init_with_a_wrapped_model_works(head_rate: float | None, tmp_path: Path) -> None:
-    trainer = trainer_for(
-        None,
-        tmp_path,
-        BitFitCallback(head_learning_rate=head_rate),
-        options={"model_init": lambda: prepared(WRAPPED)},
-    )
-    trainer.train()
-    by_init = tuned(trainer.model)
-    trainer.train()  # makes the model anew
-    assert moved(trainer.model)
-    assert same(tuned(trainer.model), by_init)
-
-    model = prepared(WRAPPED)
-    trainer_for(model, tmp_path, BitFitCallback(head_learning_rate=head_rate)).train()
-    assert same(tuned(model), by_init)
-
-
-def test_model_init_under_another_name_is_an_error(tmp_path: Path) -> None:
-    trainer = trainer_for(
-        None,
-        tmp_path,
-        BitFitCallback(adapter_name="rte"),
-        options={"model_init": lambda: get_peft_model(fresh(), BitFitConfig())},
-    )
-    with pytest.raises(TrainerSetupError, match=r"no adapter 'rte'; it has \['default'\]"):
-        trainer.train()
 
 
 @pytest.mark.parametrize("kind", ["stock", "in place", "wrapped"])

@@ -722,3 +722,17 @@ def test_a_warm_up_below_one_is_a_share(given, line, tmp_path):
     config = get_peft_model(build("bert-sequence"), BitFitConfig()).peft_config["default"]
     write_card(tmp_path, config, run=TrainingRun(hyperparameters={"warmup_steps": given}))
     assert line in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("way", ["in place", "BiasDelta"])
+def test_a_folder_in_the_card_s_place_is_left_alone(way, tmp_path, caplog):
+    (tmp_path / "README.md").mkdir()
+    (tmp_path / "README.md" / "notes.txt").write_text("mine")
+    model = fresh()
+    model.add_adapter(BitFitConfig())
+    fill_(model)
+    with caplog.at_level("WARNING", logger="bitfit_hf"):
+        (model if way == "in place" else BiasDelta.from_model(model)).save_pretrained(tmp_path)
+    assert "README.md has not been renewed: it cannot be read" in caplog.text
+    assert (tmp_path / "README.md" / "notes.txt").read_text() == "mine"
+    assert BiasDelta.from_pretrained(tmp_path).digest == BiasDelta.from_model(model).digest

@@ -11,9 +11,16 @@ from architectures import HIDDEN
 from peft import PeftModel, get_peft_model
 from torch import nn
 from trainer_tester import files, fresh, moved, same, saved, tuned
-from tuner_tester import base_tensors, fill_, same_tensors
+from tuner_tester import base_tensors, fill_, same_tensors, state
 
-from bitfit_hf import BaseModelMismatchError, BiasDelta, BitFitCallback, BitFitConfig, BitFitLayer
+from bitfit_hf import (
+    BaseModelMismatchError,
+    BiasDelta,
+    BitFitCallback,
+    BitFitConfig,
+    BitFitLayer,
+    TrainerSetupError,
+)
 
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
 TEXTS = ["a b c d e", "f g h i j", "a b c d", "x y z a b", "k l m n", "o p q"]
@@ -183,6 +190,54 @@ def test_sentence_transformers(backbone: Path, tmp_path: Path) -> None:
     other = sentence_model(backbone)
     other.load_adapter(str(tmp_path / "saved"))
     assert torch.allclose(encode(other), after, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["stock", "with an adapter", "wrapped"])
+def test_the_callback_s_advice_for_a_sentence_transformer_works(kind: str, backbone: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    model = sentence_model(backbone)
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.losses import CosineSimilarityLoss
+
+    pairs = {"sentence1": TEXTS, "sentence2": TEXTS[1:] + TEXTS[:1], "label": [1.0, -1.0, 0.5, -0.5, 0.2, 0.0]}
+
+    def trainer(model: Any, *callbacks: Any) -> Any:
+        return SentenceTransformerTrainer(
+            model,
+            args=SentenceTransformerTrainingArguments(
+                **quiet(tmp_path / "run", save_steps=4, weight_decay=0.1, eval_strategy="steps", eval_steps=4)
+            ),
+            train_dataset=Dataset.from_dict(pairs),
+            eval_dataset=Dataset.from_dict(pairs),
+            loss=CosineSimilarityLoss(model),
+            callbacks=list(callbacks),
+        )
+
+    if kind == "with an adapter":
+        model.add_adapter(BitFitConfig())
+    given = get_peft_model(model, BitFitConfig()) if kind == "wrapped" else model
+    before = state(given)
+    message = r"SentenceTransformer .*`model\.add_adapter\(BitFitConfig\(\.\.\.\)\)`.*leave the callback out"
+    with pytest.raises(TrainerSetupError, match=message) as error:
+        trainer(given, BitFitCallback())
+    assert "get_peft_model" not in str(error.value)
+    assert state(given) == before
+
+    model = sentence_model(backbone) if kind == "wrapped" else model
+    if kind != "with an adapter":
+        model.add_adapter(BitFitConfig())
+    inner = model.transformers_model
+    stock = base_tensors(inner)
+    run = trainer(model)
+    run.train()
+    assert [name for name, delta in tuned(inner).items() if not delta.any()] == ["pooler.dense.bitfit_bias"]  # unused
+    assert same_tensors(base_tensors(inner), stock)
+    assert same(saved(tmp_path / "run" / "checkpoint-8"), tuned(inner))
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    groups = run.optimizer.param_groups
+    assert {id(parameter) for group in groups for parameter in group["params"]} == trained
+    assert all(group["weight_decay"] == 0 for group in groups if group["params"])
 
 
 def test_sentence_transformers_refuse_another_base(backbone: Path, tmp_path: Path) -> None:

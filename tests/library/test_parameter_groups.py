@@ -20,6 +20,7 @@ from trainer_tester import (
     fresh,
     moved,
     prepared,
+    rows,
     same,
     stock_trainer,
     trainer_for,
@@ -29,7 +30,7 @@ from transformers import Trainer, TrainerCallback
 from tuner_tester import base_tensors, config_for, fill_, same_tensors
 
 from bitfit_hf import BitFitCallback, BitFitConfig, optimizer_groups
-from bitfit_hf.errors import OptimizerError, TrainerSetupError
+from bitfit_hf.errors import OptimizerError
 from bitfit_hf.trainer.parameter_groups import check_optimizer
 
 RATE, HEAD_RATE, DECAY = 1e-2, 3e-3, 0.1
@@ -188,6 +189,67 @@ def test_groups_of_a_trainer(head_rate: float | None, tmp_path: Path) -> None:
             decayed |= {name} if group["weight_decay"] else set()
     assert decayed == {"classifier.modules_to_save.default.weight"}
     assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {0.0, DECAY}
+
+
+@pytest.mark.parametrize("head_rate", [None, HEAD_RATE])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trainers_groups_are_those_of_optimizer_groups(way: str, head_rate: float | None, tmp_path: Path) -> None:
+    model = prepared(way)
+    trainer = trainer_for(model, tmp_path, BitFitCallback(head_learning_rate=head_rate), weight_decay=DECAY)
+    expected = optimizer_groups(model, RATE, head_learning_rate=head_rate, weight_decay=DECAY)
+    found = trainer.create_optimizer().param_groups
+    assert len(found) == len(expected) == 3
+    for group, wanted in zip(found, expected, strict=True):
+        assert [group[key] for key in ("name", "lr", "weight_decay")] == [
+            wanted[key] for key in ("name", "lr", "weight_decay")
+        ]
+        assert list(map(id, group["params"])) == list(map(id, wanted["params"]))
+
+
+@pytest.mark.parametrize("head_rate", [None, HEAD_RATE])
+def test_rates_changed_after_the_optimizer_was_made_are_refused(head_rate: float | None, tmp_path: Path) -> None:
+    model = fresh()
+    callback = BitFitCallback(head_learning_rate=head_rate)
+    trainer = trainer_for(model, tmp_path, callback)
+    trainer.train()
+    trainer.args.learning_rate = 5e-3
+    before = tuned(model)
+    with pytest.raises(
+        OptimizerError, match=r"deltas: 0.01 instead of 0.005[\s\S]*`trainer.optimizer = None`"
+    ) as error:
+        trainer.train()
+    assert "optimizer of your own" not in str(error.value)
+    assert same(tuned(model), before)
+
+    trainer.optimizer = None  # as the message says
+    trainer.train()
+    assert {group["name"]: group["initial_lr"] for group in groups_of(trainer)} == {
+        "delta": 5e-3,
+        "head": head_rate or 5e-3,
+        "head_no_decay": head_rate or 5e-3,
+    }
+    callback.head_learning_rate = 7e-3
+    with pytest.raises(OptimizerError, match=r"of the head: .* instead of 0.007"):
+        trainer.train()
+
+
+def test_a_subclass_with_an_optimizer_of_its_own_keeps_it(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def create_optimizer(self) -> torch.optim.Optimizer:  # as subclasses wrote it before it took a model
+            if self.optimizer is None:
+                trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+                self.optimizer = torch.optim.SGD(trained, lr=0.5)
+            return self.optimizer
+
+    data = rows()
+    trainer = Own(fresh(), arguments(tmp_path), train_dataset=data, callbacks=[BitFitCallback()])
+    trainer.train()
+    assert [type(trainer.optimizer.optimizer), len(groups_of(trainer))] == [torch.optim.SGD, 1]
+    assert groups_of(trainer)[0]["initial_lr"] == 0.5
+    with pytest.raises(OptimizerError, match=r"of the head: 0.5 instead of 0.003[\s\S]*none to the callback"):
+        Own(
+            fresh(), arguments(tmp_path), train_dataset=data, callbacks=[BitFitCallback(head_learning_rate=HEAD_RATE)]
+        ).train()
 
 
 # --- the schedule ---
@@ -351,13 +413,14 @@ def test_trainers_that_share_their_arguments_stay_apart(order: tuple[int, ...], 
         assert {group["initial_lr"] for group in groups_of(trainers[i])} == {RATE, rates[i] or RATE}
 
 
-def test_one_model_and_one_args_for_two_rates_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_one_model_and_one_args_for_two_rates(order: tuple[int, int], tmp_path: Path) -> None:
     model, args = fresh(), arguments(tmp_path, max_steps=1)
-    first = trainer_for(model, tmp_path, args=args)
-    second = trainer_for(model, tmp_path, BitFitCallback(head_learning_rate=HEAD_RATE), args=args)
-    with pytest.raises(TrainerSetupError, match="`head_learning_rate=None` was set for this Trainer"):
-        first.train()
-    second.train()
+    rates = (None, HEAD_RATE)
+    trainers = [trainer_for(model, tmp_path, BitFitCallback(head_learning_rate=rate), args=args) for rate in rates]
+    for i in order:
+        trainers[i].train()
+        assert {group["initial_lr"] for group in groups_of(trainers[i])} == {RATE, rates[i] or RATE}
 
 
 def test_one_model_and_two_args_for_two_rates(tmp_path: Path) -> None:

@@ -112,6 +112,11 @@ def load(
     return model
 
 
+def has_avx512() -> bool:
+    """Whether bitsandbytes multiplies int8 values as integers on this CPU; it asks PyTorch in the same way."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def rows(count: int = 16) -> list[Tensors]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, 60, (count, 7), generator=generator)
@@ -270,13 +275,21 @@ def test_the_stock_model_is_refused_before_it_is_trained(checkpoint: Path, tmp_p
 def test_a_fresh_adapter_changes_no_bit_of_the_backbone(
     kind: str, dtype: torch.dtype, autocast: torch.dtype | None, checkpoint: Path
 ) -> None:
-    """And bitsandbytes, which casts the biases that it reads in place, changes no bit of the stored ones."""
+    """And bitsandbytes, which casts the biases that it reads in place, changes no bit of the stored ones.
+
+    Bits are compared, so that equal NaN are equal. On a CPU without AVX-512, bitsandbytes multiplies int8 values by a
+    float32 matmul; float16 autocast makes that one in float16, where sums above 65,504 are infinite. The hidden states
+    of an 8-bit model then are NaN, tuned or not.
+    """
     expected = answer(load(checkpoint, kind, dtype=dtype), autocast)
+    broken_kernel = kind == "8-bit" and autocast == torch.float16 and not has_avx512()
+    assert broken_kernel or all(tensor.isfinite().all() for tensor in expected)
     stock = load(checkpoint, kind, dtype=dtype)
     stored = vectors(stock)
     model = get_peft_model(stock, BitFitConfig(task_type="SEQ_CLS")).eval()
     assert identical(answer(model, autocast)[:-1], expected[:-1])
-    assert torch.allclose(answer(model, autocast)[-1].float(), expected[-1].float(), atol=2e-2)  # the head is float32
+    logits = answer(model, autocast)[-1].float()  # the head is float32
+    assert torch.allclose(logits, expected[-1].float(), atol=2e-2, equal_nan=broken_kernel)
     with model.disable_adapter():
         assert identical(answer(model, autocast), expected)
     assert same_tensors(vectors(model), stored)

@@ -26,7 +26,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from tuner_tester import fill_
 
-from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, PushError, TrainerSetupError
+from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, DeltaIOError, PushError, TrainerSetupError
 
 REPO = "alice/trained"
 PUSHED = DELTA_FILES | PICTURE | {".gitignore"}
@@ -208,6 +208,25 @@ def test_a_hub_in_trouble_does_not_end_a_training(hub, base, tmp_path, caplog):
     assert "this push leaves it as it is" in caplog.text
     assert set(hub.files(REPO)) == PUSHED
     assert hub.files(REPO)["README.md"] == mine
+
+
+@pytest.mark.parametrize("kind", ["in place", "wrapped"])
+def test_a_folder_in_the_card_s_place(hub, base, tmp_path, kind):
+    model = get_peft_model(base, BitFitConfig(task_type="SEQ_CLS")) if kind == "wrapped" else base
+    trainer = trainer_for(model, tmp_path / "out", save_strategy="no")
+    (tmp_path / "out" / "README.md").mkdir()
+    with pytest.raises(DeltaIOError, match=r"README\.md is a folder, .*[Rr]emove or rename it"):
+        trainer.push_to_hub()
+    assert REPO not in hub.repos
+    if kind == "wrapped":  # PEFT reads the card before it saves anything
+        with pytest.raises(DeltaIOError, match=r"README\.md is a folder"):
+            trainer.save_model()
+    else:
+        trainer.save_model()
+        assert BiasDelta.from_pretrained(tmp_path / "out").digest == BiasDelta.from_model(base).digest
+    (tmp_path / "out" / "README.md").rmdir()
+    trainer.push_to_hub()
+    assert set(hub.files(REPO)) == PUSHED
 
 
 # --- a stock model's own push ---

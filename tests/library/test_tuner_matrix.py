@@ -27,6 +27,7 @@ from tuner_tester import (
     distance,
     file_tensors,
     fill_,
+    frozen,
     identical,
     outputs,
     same_tensors,
@@ -58,8 +59,7 @@ def input_of_head(model: nn.Module, arch: Architecture) -> list[torch.Tensor]:
 
 @EVERY
 def test_a_fresh_adapter_changes_no_bit_of_the_output(arch):
-    # Frozen, since that alone can change the last bit: matmul takes another path for weights that need a gradient.
-    stock = randomize_(arch.build()).requires_grad_(False)
+    stock = randomize_(frozen(arch))
     before = outputs(stock, arch)
     model = get_peft_model(stock, config_for(arch))
     assert identical(outputs(model, arch), before)
@@ -70,7 +70,7 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(arch):
 
 @EVERY
 def test_a_fresh_adapter_changes_no_bit_of_a_bfloat16_backbone(arch):
-    stock = randomize_(arch.build()).to(torch.bfloat16).requires_grad_(False)
+    stock = randomize_(frozen(arch)).to(torch.bfloat16)
     inputs = arch.inputs()
     floats = {name: value.bfloat16() for name, value in inputs.items() if value.is_floating_point()}
     look = (lambda model: input_of_head(model, bf16)) if arch.kind in HEAD_KINDS else (lambda m: outputs(m, bf16))
@@ -356,7 +356,7 @@ def test_merge_and_unload_gives_a_stock_model(arch, tmp_path):
 @EVERY
 @pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
 def test_unload_gives_the_base_back(arch, merged):
-    stock = arch.build()
+    stock = frozen(arch)
     values, before = {k: v.clone() for k, v in stock.state_dict().items()}, state(stock)
     wanted = outputs(stock, arch)
     model = fill_(get_peft_model(stock, config_for(arch)))
@@ -373,7 +373,7 @@ def test_unload_gives_the_base_back(arch, merged):
 
 @EVERY
 def test_disabled_adapters_leave_the_base(arch):
-    wanted = outputs(arch.build(), arch)
+    wanted = outputs(frozen(arch), arch)
     model = fill_(tune(arch))
     tuned = outputs(model, arch)
     with model.disable_adapter():
@@ -384,7 +384,7 @@ def test_disabled_adapters_leave_the_base(arch):
 
 @STOCK
 def test_adapters_of_a_stock_model_are_switched_off_and_on(arch):
-    wanted = outputs(arch.build(), arch)
+    wanted = outputs(frozen(arch), arch)
     model = arch.build()
     model.add_adapter(config_for(arch))
     tuned = outputs(fill_(model), arch)
