@@ -19,9 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import BitFitConfig
 from .errors import DeltaMismatchError, MergeError, collect
+from .resizing import restore_rows, set_rows
 from .terms.structure import stock_root, walk
 from .tuner.head import Labels, resized
 from .tuner.layer import reads_bias, span_index
+from .tuner.token_rows import added_shapes, parameter_of, write_rows
 
 if TYPE_CHECKING:
     from .delta import BiasDelta
@@ -35,6 +37,8 @@ class Ledger:
     applied: list[BiasDelta] = field(default_factory=list)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)
     leaves: dict[str, nn.Module] = field(default_factory=dict)
+    # The model's own rows where those of added tokens are written, by their name in a file.
+    token_rows: dict[str, tuple[int, torch.Tensor]] = field(default_factory=dict)
     labels: Labels | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +50,18 @@ class Ledger:
         """Raises what is wrong with applying `delta`, before anything is written."""
         model = self.model_ref()
         modules = dict(walk(stock_root(model)))
+        tokens = [placed for other in (*self.applied, delta) if (placed := other.place_tokens(model)) is not None]
+        base_rows = {name: rows for placed in tokens for name, rows in placed.base_rows.items()}
         problems = []
+        if delta.added:
+            wanted = added_shapes(modules, tokens[-1])
+            found = {name: tuple(tensor.shape) for name, tensor in delta.added.items()}
+            problems += [f"{name} of the added tokens has no place" for name in found if name not in wanted]
+            problems += [
+                f"{name} of the added tokens is {found.get(name, 'missing')}, the model needs {shape}"
+                for name, shape in wanted.items()
+                if found.get(name) != shape
+            ]
         for name, group in delta.biases.items():
             module = modules.get(group[0].module)
             stored = None if module is None else module._parameters.get(group[0].parameter)
@@ -59,7 +74,7 @@ class Ledger:
                     f"{group[0].module} ({type(module).__name__}) computes without a bias, so the added one cannot be "
                     "written into it. Load the delta as an adapter instead: `model.load_adapter(...)`."
                 )
-            elif stored is not None and tuple(stored.shape) != group[0].shape:
+            elif stored is not None and tuple(stored[: base_rows.get(name)].shape) != group[0].shape:
                 problems.append(f"{name} has shape {list(group[0].shape)}, the model's {list(stored.shape)}")
         for path, tensors in _by_leaf(delta).items():
             leaf = modules.get(path)
@@ -82,10 +97,12 @@ class Ledger:
         model = self.model_ref()
         root = stock_root(model)
         modules = dict(walk(root))
+        self._make_room_for_tokens(modules)
         groups = {name: group for delta in self.applied for name, group in delta.biases.items()}
         for name, group in groups.items():
             stored = modules[group[0].module]._parameters.get(group[0].parameter)
-            self.biases.setdefault(name, None if stored is None else stored.detach().clone())
+            own = None if stored is None else stored.detach()[: group[0].shape[0]].clone()  # added tokens' come after
+            self.biases.setdefault(name, own)
         with torch.no_grad():
             for name, base in self.biases.items():
                 path, _, parameter = name.rpartition(".")
@@ -101,6 +118,24 @@ class Ledger:
         if self.labels is not None and isinstance(model, PreTrainedModel):
             (labels or self.labels).give_to(model)
 
+    def _make_room_for_tokens(self, modules: Mapping[str, nn.Module]) -> None:
+        """Gives the model as many rows as the applied deltas need, and writes those of the last; or takes them out."""
+        model = self.model_ref()
+        for name, (start, rows) in self.token_rows.items():
+            write_rows(parameter_of(modules, name), start, rows)
+        self.token_rows.clear()
+        delta = next((delta for delta in reversed(self.applied) if delta.added), None)
+        if delta is None:
+            restore_rows(model)
+            return
+        tokens = delta.place_tokens(model)
+        assert tokens is not None
+        set_rows(model, tokens.tensors, max(tokens.tensors.rows, tokens.stop))
+        for name, rows in delta.added.items():
+            parameter = parameter_of(modules, name)
+            self.token_rows[name] = (tokens.start, parameter.detach()[tokens.start : tokens.stop].clone())
+            write_rows(parameter, tokens.start, rows)
+
     def _write_bias(self, module: nn.Module, parameter: str, name: str, base: torch.Tensor | None) -> None:
         deltas = [(delta[name], span_index(delta.biases[name])) for delta in self.applied if name in delta]
         stored = module._parameters.get(parameter)
@@ -108,7 +143,7 @@ class Ledger:
             if base is None:
                 module._parameters[parameter] = None
             elif stored is not None:
-                stored.copy_(base)
+                stored[: len(base)].copy_(base)
             return
         shape = next(d.biases[name][0].shape for d in self.applied if name in d)
         like = module._parameters["weight"] if base is None else base
@@ -125,7 +160,7 @@ class Ledger:
         if stored is None:
             module._parameters[parameter] = nn.Parameter(total.to(dtype), requires_grad=False)
         else:
-            stored.copy_(total.to(stored.dtype))
+            stored[: len(total)].copy_(total.to(stored.dtype))
 
 
 LEDGERS: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary()

@@ -26,6 +26,7 @@ from .guards import (
 from .lean import recompute_activations
 from .optim import base_rates, check_optimizer, head_rate, set_head_rate, trainable_deltas, trainable_head
 from .recompute import let_gradients_through
+from .resizing import check_rows
 from .run import TrainingRun, evaluation_metrics, training_run
 from .terms import SYMBOLS, TERMS
 from .terms.structure import stock_root
@@ -236,6 +237,7 @@ class BitFitCallback(TrainerCallback):
                 "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards, as "
                 "`model_init` does: return `get_peft_model(model, BitFitConfig(...))` from `model_init`."
             )
+        check_rows(model)
         known = model in self._prepared
         from_model_init = isinstance(model, PeftModel) and self._arguments.get(id(args)) is args
         if not (known or from_model_init or sharded):

@@ -60,6 +60,10 @@ def export_stock(
     PeftModel.from_pretrained(base_with_3_labels, "user/delta", subfolder="stock")
     ```
 
+    Where tokens were added for the task, the adapter also holds their rows (LoRA's `trainable_token_indices`). The
+    base has to be resized first, as for any such adapter of stock PEFT: `base.resize_token_embeddings(number)`, then
+    `PeftModel.from_pretrained` or `base.load_adapter`. Language models with added tokens cannot be exported.
+
     Args:
         delta_or_model ([`BiasDelta`] or `nn.Module`): A delta, or a model with a BitFit adapter.
         folder (`str` or `os.PathLike`): Where to; made if it does not exist.
@@ -105,7 +109,14 @@ def stock_files(
             "(`BiasDelta.remove_`, `unmerge_adapter`), or pass `base=` a freshly loaded base."
         )
     if not isinstance(delta_or_model, nn.Module):
-        check_base(root, delta.config.base_fingerprint, delta_base=delta.config.base_model_name_or_path)
+        tokens = delta.place_tokens(root)
+        check_base(
+            root,
+            delta.config.base_fingerprint,
+            delta_base=delta.config.base_model_name_or_path,
+            base_rows=None if tokens is None else tokens.base_rows,
+        )
+    _refuse_shared_tokens(root, delta)
     carrier = _carrier(root, delta)
     config = LoraConfig(
         task_type=delta.config.task_type,
@@ -114,6 +125,7 @@ def stock_files(
         auto_mapping=delta.config.auto_mapping,
         target_modules=re.escape(carrier),  # a string is a pattern for the whole path
         modules_to_save=_saved_modules(root, delta.config.modules_to_save or []) or None,
+        trainable_token_indices=_token_indices(delta) or None,
         bias="all",
         r=1,
         lora_alpha=1,
@@ -163,6 +175,27 @@ def _refuse_added(delta: BiasDelta) -> None:
             "for them. Share the delta itself, or a merged copy (`merge_and_unload`) where the architecture has a "
             "switch for biases."
         )
+
+
+def _refuse_shared_tokens(root: nn.Module, delta: BiasDelta) -> None:
+    """PEFT's layer for single tokens knows no bias, and what it finds tied to the embeddings it wraps by its name."""
+    uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
+    shared = [
+        name
+        for name in delta.added
+        if len(delta.added) > 1 or uses[id(root.get_submodule(name.rpartition(".")[0]).weight)] > 1
+    ]
+    if shared:
+        raise StockExportError(
+            f"The added tokens of this delta have rows in more than one layer of {type(root).__name__}:"
+            f"{collect(sorted(shared))}\nStock PEFT would compute something else with them. Share the delta itself, or "
+            "a merged copy (`merge_and_unload`)."
+        )
+
+
+def _token_indices(delta: BiasDelta) -> dict[str, list[int]]:
+    start, count = delta.config.base_vocab_size or 0, delta.config.added_tokens or 0
+    return {name.rpartition(".")[0]: list(range(start, start + count)) for name in delta.added}
 
 
 def _carrier(root: nn.Module, delta: BiasDelta) -> str:
@@ -236,6 +269,8 @@ def _tensors(root: nn.Module, delta: BiasDelta, carrier: str) -> dict[str, torch
     inputs, outputs = _extents(modules[carrier])
     tensors[f"{KEY_PREFIX}{carrier}.lora_A.weight"] = torch.zeros(1, inputs)
     tensors[f"{KEY_PREFIX}{carrier}.lora_B.weight"] = torch.zeros(outputs, 1)
+    for name, rows in delta.added.items():
+        tensors[f"{KEY_PREFIX}{name.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"] = rows
     return tensors | {KEY_PREFIX + name: tensor for name, tensor in delta.head.items()}
 
 

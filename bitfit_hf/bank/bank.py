@@ -133,6 +133,12 @@ class TaskBank:
                 raise TaskBankError(f"The bank has a task {name!r} already. Remove it first, or choose another name.")
             self._residents.check_room()
             delta = origin.read()
+            if delta.config.added_tokens:
+                raise TaskBankError(
+                    f"The task {name!r} has {delta.config.added_tokens} added tokens. The tasks of a bank share one "
+                    "table of token embeddings, so none can bring rows of its own. Serve this one by itself: "
+                    "`AutoModelFor….from_pretrained(…)`, or `load_delta` onto a base of its own."
+                )
             kind = find_kind(self._base, delta, self._kinds, self.tokenizer)
             kind.check_base(delta, on_base_mismatch)
             task = Task(name, origin, kind, _labels(delta), pinned=pin, delta=delta)
