@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .errors import AddedTokensError
 from .pinning import cached_commits
@@ -87,10 +87,10 @@ def find_added_tokens(model: nn.Module, given: int | None) -> AddedTokens | None
     if known is None:
         if given is None and was_resized(root):
             raise AddedTokensError(
-                f"The token embeddings of this {type(root).__name__} were resized (they have {now} rows), and the "
-                f"config.json that would tell how many rows are new is not at hand (loaded from "
-                f"{root.name_or_path or 'a configuration'!r}). Say it: `BitFitConfig(added_tokens=…)`, 0 if all rows "
-                "belong to the base."
+                f"`resize_token_embeddings` was called on this {type(root).__name__} (its token embeddings have {now} "
+                "rows), and the config.json that would tell how many of them are new is not at hand: the model was "
+                f"loaded from {root.name_or_path or 'a configuration'!r}. Say it, `BitFitConfig(added_tokens=…)`; 0 "
+                "if all rows belong to the base."
             )
         count = given or 0
     else:
@@ -183,8 +183,14 @@ def _vocabulary_of_checkpoint(root: PreTrainedModel, now: int) -> int | None:
         except (OSError, ValueError):
             continue
         size = size_in(config)
-        if size is not None and size not in sizes:
+        if size is not None and size not in sizes and _is_alike(config, root.config):
             sizes.append(size)
     if now in sizes:
         return now
     return sizes[0] if len(sizes) == 1 else None
+
+
+def _is_alike(config: PretrainedConfig, other: PretrainedConfig) -> bool:
+    """Whether two configurations are of one model. One from a subfolder has the name of the whole repository."""
+    kinds = [(c.model_type, getattr(c.get_text_config(), "hidden_size", None)) for c in (config, other)]
+    return kinds[0] == kinds[1]

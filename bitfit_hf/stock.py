@@ -28,6 +28,7 @@ from .fingerprint import check_base
 from .terms import find_biases
 from .terms.structure import stock_root, walk
 from .tuner.layer import span_index
+from .tuner.token_rows import parameter_of
 
 # Where PEFT's own classes of adapters take their model from.
 _AUTO_CLASSES = {
@@ -180,16 +181,13 @@ def _refuse_added(delta: BiasDelta) -> None:
 def _refuse_shared_tokens(root: nn.Module, delta: BiasDelta) -> None:
     """PEFT's layer for single tokens knows no bias, and what it finds tied to the embeddings it wraps by its name."""
     uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
-    shared = [
-        name
-        for name in delta.added
-        if len(delta.added) > 1 or uses[id(root.get_submodule(name.rpartition(".")[0]).weight)] > 1
-    ]
+    modules = dict(walk(root))
+    shared = [name for name in delta.added if len(delta.added) > 1 or uses[id(parameter_of(modules, name))] > 1]
     if shared:
         raise StockExportError(
             f"The added tokens of this delta have rows in more than one layer of {type(root).__name__}:"
-            f"{collect(sorted(shared))}\nStock PEFT would compute something else with them. Share the delta itself, or "
-            "a merged copy (`merge_and_unload`)."
+            f"{collect(sorted(shared))}\nStock PEFT would compute something else with them. Share the delta itself, "
+            "or a merged copy (`merge_and_unload`)."
         )
 
 

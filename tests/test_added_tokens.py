@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, Architecture, randomize_
+from hub_deltas import BASE, load_base, put_base
 from peft import (
     AutoPeftModelForSequenceClassification,
     PeftModel,
@@ -41,30 +43,32 @@ from tuner_tester import (
     same_tensors,
     state,
 )
+from typer.testing import CliRunner
 
 import bitfit_hf
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, base_mismatch, load_delta
+from bitfit_hf.cli.app import app
 from bitfit_hf.errors import (
     AddedTokensError,
     BaseModelMismatchError,
     ConfigError,
     DeltaFormatError,
     DeltaMismatchError,
+    StockExportError,
     TaskBankError,
 )
 from bitfit_hf.files import digest
 from bitfit_hf.fingerprint import decode
+from bitfit_hf.stock import export_stock
 
 VOCABULARY, ADDED, WIDTH = 64, 3, 32
 # By the name of the architecture: the names in a file of what belongs to the added tokens.
 ARCHS = {
     "bert-sequence": ["bert.embeddings.word_embeddings.added_rows"],
-    "gpt2-sequence": ["transformer.wte.added_rows"],
     "t5-sequence": ["transformer.shared.added_rows"],
     "bart-sequence": ["model.shared.added_rows"],
     "bert-masked_lm": ["bert.embeddings.word_embeddings.added_rows", "cls.predictions.decoder.added_bias"],
     "roberta-masked_lm": ["lm_head.decoder.added_bias", "roberta.embeddings.word_embeddings.added_rows"],
-    "modernbert-masked_lm": ["decoder.added_bias", "model.embeddings.tok_embeddings.added_rows"],
     "gpt2-causal_lm": ["transformer.wte.added_rows"],
     "qwen2-causal_lm": ["lm_head.added_rows", "model.embed_tokens.added_rows"],
     "bart-seq2seq_lm": ["model.shared.added_rows"],
@@ -146,38 +150,61 @@ def by_hand(name: str, base: Path, tensors: dict[str, torch.Tensor]) -> nn.Modul
     return model
 
 
+class Saved:
+    """What a tuned model with added tokens has left behind: its files, and what it answered."""
+
+    def __init__(self, name: str, base: Path, folder: Path) -> None:
+        model = tuned(name, base)
+        self.folder = folder
+        self.wanted = outputs(model, resized(name))
+        self.tensors = file_tensors(model)
+        model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(bases, tmp_path_factory) -> Callable[[str], Saved]:
+    """One per architecture, made once; tests do not change it."""
+    folder = tmp_path_factory.mktemp("deltas")
+    made: dict[str, Saved] = {}
+
+    def delta(name: str) -> Saved:
+        if name not in made:
+            made[name] = Saved(name, bases(name), folder / name)
+        return made[name]
+
+    return delta
+
+
 # Training and files --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_the_new_rows_and_only_they_are_in_the_file(bases, tmp_path, name):
-    model = tuned(name, bases(name))
-    model.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    added = sorted(key for key in saved if "added_" in key)
+def test_the_new_rows_and_only_they_are_in_the_file(saved, name):
+    tensors = load_file(saved(name).folder / "adapter_model.safetensors")
+    config = json.loads((saved(name).folder / "adapter_config.json").read_text())
+    added = sorted(key for key in tensors if "added_" in key)
     assert added == [PREFIX + key for key in ARCHS[name]]
     for key in added:
-        assert saved[key].dtype == torch.float32
-        assert saved[key].shape == ((ADDED, WIDTH) if key.endswith("rows") else (ADDED,))
-    assert not any(VOCABULARY + ADDED in tensor.shape for tensor in saved.values()), "an embedding matrix"
-    assert config["weights_digest"] == digest(saved)
+        assert tensors[key].dtype == torch.float32
+        assert tensors[key].shape == ((ADDED, WIDTH) if key.endswith("rows") else (ADDED,))
+    assert not any(VOCABULARY + ADDED in tensor.shape for tensor in tensors.values()), "an embedding matrix"
+    assert config["weights_digest"] == digest(tensors)
     assert (config["added_tokens"], config["base_vocab_size"]) == (ADDED, VOCABULARY)
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_every_way_of_saving_gives_the_same_tensors(bases, tmp_path, name):
+def test_every_way_of_saving_gives_the_same_tensors(bases, saved, tmp_path, name):
     model = tuned(name, bases(name))
-    model.save_pretrained(tmp_path / "peft")
     BiasDelta.from_model(model).save_pretrained(tmp_path / "delta")
     placed = enlarged(name, bases(name))
     placed.add_adapter(config_for(ARCHITECTURES[name]))
-    fill_(placed)
-    placed.save_pretrained(tmp_path / "in place")
-    forced = {k: v.clone() for k, v in get_peft_model_state_dict(model, save_embedding_layers=True).items()}
-    files = [load_file(tmp_path / way / "adapter_model.safetensors") for way in ("peft", "delta", "in place")]
-    assert len(files[0]) > len(ARCHS[name])
-    assert all(same_tensors(dict(sorted(file.items())), dict(sorted(files[0].items()))) for file in [*files, forced])
+    fill_(placed).save_pretrained(tmp_path / "in place")
+    folders = (tmp_path / "delta", tmp_path / "in place")
+    ways = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    ways.append(get_peft_model_state_dict(model, save_embedding_layers=True))
+    wanted = dict(sorted(load_file(saved(name).folder / "adapter_model.safetensors").items()))
+    assert len(wanted) > len(ARCHS[name])
+    assert all(same_tensors(dict(sorted(found.items())), wanted) for found in ways)
 
 
 @pytest.mark.parametrize("name", ARCHS)
@@ -196,10 +223,9 @@ def test_at_step_0_nothing_has_changed(bases, name):
 
 
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_tuned_model_computes_what_its_file_says(bases, name):
-    arch = resized(name)
-    model = tuned(name, bases(name))
-    assert distance(outputs(model, arch), outputs(by_hand(name, bases(name), file_tensors(model)), arch)) < 2e-6
+def test_a_tuned_model_computes_what_its_file_says(bases, saved, name):
+    stock = by_hand(name, bases(name), saved(name).tensors)
+    assert distance(saved(name).wanted, outputs(stock, resized(name))) < 2e-6
 
 
 @pytest.mark.parametrize("name", ARCHS)
@@ -311,53 +337,49 @@ LOADING = {
 
 @pytest.mark.parametrize("way", LOADING)
 @pytest.mark.parametrize("name", ARCHS)
-def test_every_way_of_loading_resizes_the_base_and_gives_the_same_outputs(bases, tmp_path, name, way):
+def test_every_way_of_loading_resizes_the_base_and_gives_the_same_outputs(bases, saved, name, way):
     if way == "merged" and name not in MERGEABLE:
-        way = "PeftModel, low memory"
-    model = tuned(name, bases(name))
-    wanted = outputs(model, resized(name))
-    model.save_pretrained(tmp_path)
-    random = torch.random.get_rng_state()
-    loaded = LOADING[way](name, bases(name), tmp_path).eval()
-    if "sequence" not in name and "user" not in way:
-        assert torch.equal(random, torch.random.get_rng_state()), "the resize drew random numbers"
-    assert distance(outputs(loaded, resized(name)), wanted) < 2e-6
+        way = "PeftModel"
+    delta = saved(name)
+    loaded = LOADING[way](name, bases(name), delta.folder).eval()
+    assert distance(outputs(loaded, resized(name)), delta.wanted) < 2e-6
     assert loaded.config.vocab_size == VOCABULARY + ADDED
     assert loaded.get_input_embeddings().weight.shape[0] == VOCABULARY + ADDED
 
 
+def test_resizing_draws_no_random_numbers(bases, saved):
+    base = load("gpt2-causal_lm", bases("gpt2-causal_lm"))
+    before = torch.random.get_rng_state()
+    load_delta(base, saved("gpt2-causal_lm").folder)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("way", ["PeftModel", "load_adapter"])
 @pytest.mark.parametrize("name", ARCHS)
-def test_a_loaded_model_saves_the_same_delta_again(bases, tmp_path, name):
-    tuned(name, bases(name)).save_pretrained(tmp_path / "first")
-    for way in ("PeftModel", "load_adapter"):
-        LOADING[way](name, bases(name), tmp_path / "first").save_pretrained(tmp_path / way)
-        first, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("first", way))
-        assert same_tensors(dict(sorted(first.items())), dict(sorted(again.items())))
-        assert BiasDelta.from_pretrained(tmp_path / way).config.added_tokens == ADDED
+def test_a_loaded_model_saves_the_same_delta_again(bases, saved, tmp_path, name, way):
+    LOADING[way](name, bases(name), saved(name).folder).save_pretrained(tmp_path)
+    again = BiasDelta.from_pretrained(tmp_path)
+    assert again.digest == BiasDelta.from_pretrained(saved(name).folder).digest
+    assert again.config.added_tokens == ADDED
 
 
 @pytest.mark.parametrize("name", MERGEABLE)
-def test_a_merged_model_is_a_stock_checkpoint(bases, tmp_path, name):
-    model = tuned(name, bases(name))
-    wanted = outputs(model, resized(name))
-    model.merge_and_unload().save_pretrained(tmp_path)
+def test_a_merged_model_is_a_stock_checkpoint(bases, saved, tmp_path, name):
+    tuned(name, bases(name)).merge_and_unload().save_pretrained(tmp_path)
     again = type(ARCHITECTURES[name].build()).from_pretrained(tmp_path).eval()
-    assert distance(outputs(again, resized(name)), wanted) < 2e-6
+    assert distance(outputs(again, resized(name)), saved(name).wanted) < 2e-6
 
 
 @pytest.mark.parametrize("name", ARCHS)
 @pytest.mark.parametrize("own", [False, True], ids=["resized here", "resized by the user"])
-def test_unloading_and_removing_give_the_base_back(bases, tmp_path, name, own):
-    tuned(name, bases(name)).save_pretrained(tmp_path)
-    make = enlarged if own else load
-    base = make(name, bases(name))
-    before = base_tensors(base)
-    attributes = set(vars(base))
-    back = PeftModel.from_pretrained(base, tmp_path).unload()
+def test_unloading_and_removing_give_the_base_back(bases, saved, name, own):
+    base = (enlarged if own else load)(name, bases(name))
+    before, attributes = base_tensors(base), set(vars(base))
+    back = PeftModel.from_pretrained(base, saved(name).folder).unload()
     assert same_tensors(before, base_tensors(back))
     assert back.config.vocab_size == len(back.get_input_embeddings().weight)
-    assert attributes - set(vars(back)) == set()
-    delta = BiasDelta.from_pretrained(tmp_path)
+    assert set(vars(back)) == attributes
+    delta = BiasDelta.from_pretrained(saved(name).folder)
     delta.apply_(base)
     assert not same_tensors(before, base_tensors(base))
     delta.remove_(base)
@@ -365,43 +387,43 @@ def test_unloading_and_removing_give_the_base_back(bases, tmp_path, name, own):
     assert base.config.vocab_size == len(base.get_input_embeddings().weight)
 
 
-def test_the_other_rows_of_a_larger_base_are_left_alone(bases, tmp_path):
+def test_the_other_rows_of_a_larger_base_are_left_alone(bases, saved):
     """A base whose user has added more tokens than the delta has: its own rows come after."""
     name = "bert-sequence"
-    model = tuned(name, bases(name))
-    model.save_pretrained(tmp_path)
+    delta = saved(name)
     base = enlarged(name, bases(name), ADDED + 2)
     last = base.get_input_embeddings().weight[-2:].clone()
-    for loaded in (PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval(), load_delta(base, tmp_path)):
-        assert distance(outputs(loaded, BERT), outputs(model, BERT)) < 2e-6
+    for loaded in (PeftModel.from_pretrained(copy.deepcopy(base), delta.folder), load_delta(base, delta.folder)):
+        assert distance(outputs(loaded.eval(), BERT), delta.wanted) < 2e-6
         assert torch.equal(loaded.get_input_embeddings().weight[-2:], last)
 
 
-def test_another_base_is_refused_and_left_as_it_is(bases, tmp_path):
-    for name in ("bert-sequence", "bert-masked_lm"):
-        tuned(name, bases(name)).save_pretrained(tmp_path / name)
-        other = randomize_(load(name, bases(name)), seed=5)
-        before = state(other)
-        with pytest.raises(BaseModelMismatchError):
-            PeftModel.from_pretrained(other, tmp_path / name)
-        with pytest.raises(BaseModelMismatchError):
-            load_delta(other, tmp_path / name)
-        assert state(other) == before
-        with base_mismatch("ignore"):
-            assert PeftModel.from_pretrained(other, tmp_path / name).config.vocab_size == VOCABULARY + ADDED
+GIVEN_A_BASE = {
+    "PeftModel": PeftModel.from_pretrained,
+    "load_adapter": lambda base, folder: base.load_adapter(str(folder)),
+    "load_delta": load_delta,
+}
 
 
-def test_a_smaller_base_is_refused(bases, tmp_path):
-    name = "bert-sequence"
-    tuned(name, bases(name)).save_pretrained(tmp_path)
-    small = load(name, bases(name))
+@pytest.mark.parametrize("name", ["bert-sequence", "bert-masked_lm"])
+def test_another_base_is_refused_and_left_as_it_is(bases, saved, name):
+    other = randomize_(load(name, bases(name)), seed=5)
+    before = state(other)
+    with pytest.raises(BaseModelMismatchError):
+        PeftModel.from_pretrained(other, saved(name).folder)
+    with pytest.raises(BaseModelMismatchError):
+        load_delta(other, saved(name).folder)
+    assert state(other) == before
+    with base_mismatch("ignore"):
+        assert PeftModel.from_pretrained(other, saved(name).folder).config.vocab_size == VOCABULARY + ADDED
+
+
+@pytest.mark.parametrize("way", GIVEN_A_BASE)
+def test_a_smaller_base_is_refused(bases, saved, way):
+    small = load("bert-sequence", bases("bert-sequence"))
     small.resize_token_embeddings(VOCABULARY - 2)
-    for attempt in (lambda: PeftModel.from_pretrained(small, tmp_path), lambda: load_delta(small, tmp_path)):
-        with pytest.raises(AddedTokensError, match="has only 62"):
-            attempt()
-
-
-# Broken files
+    with pytest.raises(AddedTokensError, match="has only 62"):
+        GIVEN_A_BASE[way](small, saved("bert-sequence").folder)
 
 
 def edit_config(folder: Path, **values: Any) -> None:
@@ -435,12 +457,12 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("way", ["PeftModel", "load_adapter", "load_delta"])
+@pytest.mark.parametrize("way", GIVEN_A_BASE)
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_refused_and_leaves_the_base_as_it_is(bases, tmp_path, case, way):
+def test_a_broken_file_is_refused_and_leaves_the_base_as_it_is(bases, saved, tmp_path, case, way):
     values, change, error = BROKEN[case]
     name = "bert-sequence"
-    tuned(name, bases(name)).save_pretrained(tmp_path)
+    shutil.copytree(saved(name).folder, tmp_path, dirs_exist_ok=True)
     if change is not None:
         file = tmp_path / "adapter_model.safetensors"
         tensors = {key: tensor.contiguous() for key, tensor in change(load_file(file)).items()}
@@ -450,12 +472,7 @@ def test_a_broken_file_is_refused_and_leaves_the_base_as_it_is(bases, tmp_path, 
     base = load(name, bases(name))
     before = state(base)
     with pytest.raises(error):
-        if way == "PeftModel":
-            PeftModel.from_pretrained(base, tmp_path)
-        elif way == "load_adapter":
-            base.load_adapter(str(tmp_path))
-        else:
-            load_delta(base, tmp_path)
+        GIVEN_A_BASE[way](base, tmp_path)
     assert state(base) == before
 
 
@@ -497,10 +514,6 @@ def test_a_pipeline_and_auto_peft_know_the_new_words(texts):
 
 
 def test_the_command_line_merges_it(texts, tmp_path):
-    from typer.testing import CliRunner
-
-    from bitfit_hf.cli.app import app
-
     base, delta = texts
     result = CliRunner().invoke(app, ["merge", str(base), str(delta), "-o", str(tmp_path / "merged"), "--json"])
     assert result.exit_code == 0, result.output
@@ -683,6 +696,52 @@ def test_a_bank_refuses_it_and_says_why(texts):
     assert bank.tasks == []
 
 
+# The Hub, and stock libraries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*(target_modules|fan_in_fan_out|tie_word_embeddings|tied)")
+def test_a_pushed_delta_brings_its_tokens_along(hub, hub_env):
+    commit = put_base(hub)
+    model = load_base()
+    model.resize_token_embeddings(VOCABULARY + ADDED)
+    model = fill_(get_peft_model(model, BitFitConfig())).eval()
+    wanted = outputs(model, BERT)
+    bitfit_hf.push_to_hub(model, "alice/ours", stock=True)
+    model.push_to_hub("alice/stock-way")
+    for repo in ("alice/ours", "alice/stock-way"):
+        files = hub.files(repo)
+        assert len(files["adapter_model.safetensors"]) < VOCABULARY * WIDTH * 4
+        loaded = AutoModelForSequenceClassification.from_pretrained(repo).eval()
+        assert distance(outputs(loaded, BERT), wanted) < 2e-6
+        assert distance(outputs(load_delta(load_base(), repo).eval(), BERT), wanted) < 2e-6
+    assert BiasDelta.from_pretrained("alice/ours").config.revision == commit
+    card = hub.files("alice/ours")["README.md"].decode()
+    assert f"the embeddings of {ADDED} added tokens" in card
+    assert f"| rows of {ADDED} added tokens | | {ADDED * WIDTH} |" in card
+    stock = AutoModelForSequenceClassification.from_pretrained(BASE)
+    stock.resize_token_embeddings(VOCABULARY + ADDED)
+    stock = PeftModel.from_pretrained(stock, "alice/ours", subfolder="stock").eval()
+    assert stock.peft_config["default"].peft_type == "LORA"
+    assert distance(outputs(stock, BERT), wanted) < 2e-6
+
+
+def test_a_language_model_with_added_tokens_has_no_stock_export(bases, tmp_path):
+    for name in LANGUAGE_MODELS:
+        with pytest.raises(StockExportError, match="more than one layer"):
+            export_stock(tuned(name, bases(name)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bitfit_inspect_counts_them(saved):
+    result = CliRunner().invoke(app, ["inspect", str(saved("bert-masked_lm").folder), "--json"])
+    values = json.loads(result.output)
+    assert values["added_tokens"] == ADDED
+    assert values["parameters"]["tokens"] == ADDED * (WIDTH + 1)
+    assert (values["parameters"]["head"], values["head"]) == (0, {})
+    assert values["parameters"]["total"] == values["parameters"]["biases"] + ADDED * (WIDTH + 1)
+    assert "added tokens" in CliRunner().invoke(app, ["inspect", str(saved("bert-masked_lm").folder)]).output
+
+
 # With the Trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -711,7 +770,8 @@ def test_a_trainer_trains_saves_and_resumes(bases, tmp_path, wrapped):
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     sizes = {path.name: path.stat().st_size for path in checkpoint.glob("*.safetensors")}
-    assert sizes and max(sizes.values()) < VOCABULARY * WIDTH * 4
+    assert len(sizes) == (1 if wrapped else 2)
+    assert max(sizes.values()) < VOCABULARY * WIDTH * 4
     resumed = trainer("whole", max_steps=4, save_steps=2)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     tensors = file_tensors(whole.model)
@@ -785,6 +845,22 @@ def test_without_a_checkpoint_the_user_says_how_many_are_new():
     assert not [key for key in file_tensors(without) if "word_embeddings" in key]
     loaded = BiasDelta.from_model(with_rows).apply_(BERT.build())
     assert distance(outputs(loaded, BERT), outputs(with_rows, BERT)) < 2e-6
+
+
+def test_the_config_of_another_model_in_the_same_place_says_nothing(bases, tmp_path):
+    """A model from a subfolder is known by the name of the whole repository."""
+    name = "bert-sequence"
+    load(name, bases(name)).save_pretrained(tmp_path / "inside")
+    transformers.BertConfig(vocab_size=7, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, subfolder="inside")
+    assert get_peft_model(model, BitFitConfig()).peft_config["default"].added_tokens is None
+
+
+def test_a_bias_added_to_a_resized_output_layer_is_refused(bases):
+    model = enlarged("gpt2-causal_lm", bases("gpt2-causal_lm"))
+    config = BitFitConfig(bias_terms=["query", "lm_head"], add_missing_biases=True)
+    with pytest.raises(AddedTokensError, match="lm_head"):
+        get_peft_model(model, config)
 
 
 @pytest.mark.parametrize("given", [0, 1])

@@ -153,6 +153,8 @@ def make_plan(
         everywhere[bias.module] = known if bias.parameter in known else (*known, bias.parameter)
     parameters = {bias.module: everywhere.get(bias.module, (bias.parameter,)) for bias in biases}
 
+    if tokens is not None:
+        _check_output_biases(biases, tokens)
     labels, logits = _labels(model, config, head)
     values = _values(model, config, biases, head, labels, tokens)
     return Plan(
@@ -183,6 +185,15 @@ def _tokens(model: nn.Module, config: BitFitConfig) -> AddedTokens | None:
             "model answers with one vocabulary. Load the delta onto a base of its own."
         )
     return None
+
+
+def _check_output_biases(biases: list[Bias], tokens: AddedTokens) -> None:
+    added = [bias.module for bias in biases if not bias.exists and f"{bias.module}.weight" in tokens.base_rows]
+    if added:
+        raise AddedTokensError(
+            f"`add_missing_biases` would give {added[0]} a bias with an entry per token, and {tokens.count} tokens "
+            "were added, which no checkpoint has. Leave the term `lm_head` out, or the added tokens."
+        )
 
 
 def _selection(
