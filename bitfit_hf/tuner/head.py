@@ -59,13 +59,13 @@ class BitFitHead(ModulesToSaveWrapper):
     transformers' entry points.
     """
 
-    def __init__(self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None) -> None:
+    def __init__(self, module_to_save: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         self._labels: dict[str | None, Labels] = {}  # by adapter; those of the stock model under `None`
         self._shown: str | None = None  # the adapter whose labels the model's config holds at present
         self._label_owner: tuple[PreTrainedModel] | None = None
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
-        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, **kwargs)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         self.modules_to_save = Float32ModuleDict()

@@ -13,8 +13,10 @@ from ..config import BitFitConfig
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
 from ..storage.files import KEY_PREFIX, check_digest, check_values
 from ..terms.structure import stock_root
+from ..terms.token_tensors import restore_rows
 from .head import BitFitHead
 from .layer import PREFIX, BitFitLayer
+from .token_rows import TokenRows
 
 # Parts of a live module's path that the stock model does not have.
 _INSERTED = frozenset(
@@ -162,6 +164,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             module.forget(adapter_name)
             if not module.serves_any():
                 put(root, name, module.unload_and_optionally_merge_module(False, False, None))
+    if not any(isinstance(module, TokenRows) for module in root.modules()):
+        restore_rows(root)
     configs = getattr(root, "peft_config", None)
     if isinstance(configs, dict):
         configs.pop(adapter_name, None)
