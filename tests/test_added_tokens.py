@@ -54,6 +54,7 @@ from bitfit_hf.errors import (
     ConfigError,
     DeltaFormatError,
     DeltaMismatchError,
+    MergeError,
     StockExportError,
     TaskBankError,
 )
@@ -242,6 +243,24 @@ def test_a_step_of_training_changes_the_new_rows_and_leaves_the_others(bases, na
     optimizer.step()
     assert same_tensors(before, base_tensors(model))
     assert all((tensor != start[key]).any() for key, tensor in added.items())
+
+
+@pytest.mark.parametrize("name", ARCHS)
+def test_the_gradient_is_that_of_the_rows_in_the_stock_model(bases, name):
+    """Of a matrix that is tied to the output layer, from both of its uses."""
+    arch = resized(name)
+    stock = enlarged(name, bases(name))
+    model = get_peft_model(copy.deepcopy(stock), config_for(arch)).eval()
+    for each in (stock, model):
+        each(**arch.inputs(), **arch.labels()).loss.backward()
+    parameters = dict(stock.named_parameters(remove_duplicate=False))
+    found = {key: tensor.grad for key, tensor in model.named_parameters() if "added_" in key}
+    assert len(found) == len(ARCHS[name])
+    for key, gradient in found.items():
+        own = key.removeprefix(PREFIX).replace("modules_to_save.default.added_rows", "weight")
+        wanted = parameters[own.replace("modules_to_save.default.added_bias", "bias")].grad[VOCABULARY:]
+        assert wanted.abs().max() > 1e-5
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -796,6 +815,33 @@ def test_a_resize_that_comes_too_late_is_noticed(bases, tmp_path):
         trainer.save_model(str(tmp_path / "saved"))
     with pytest.raises(AddedTokensError, match="before"):
         BiasDelta.from_model(model)
+
+
+class NeedsMore(BertForSequenceClassification):
+    """A class of a user's own that takes more than a configuration, and has an attribute like the one of a resize."""
+
+    def __init__(self, config: Any, more: int) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+
+
+def test_a_class_that_takes_more_than_a_configuration(bases):
+    model = NeedsMore(BERT.build().config, 1)
+    assert get_peft_model(model, BitFitConfig()).peft_config["default"].added_tokens is None
+    model = NeedsMore.from_pretrained(bases("bert-sequence"), more=1)
+    model.resize_token_embeddings(VOCABULARY + ADDED)
+    with pytest.raises(AddedTokensError, match="from its configuration alone"):
+        get_peft_model(model, BitFitConfig())
+
+
+def test_broken_rows_are_not_merged(bases):
+    model = tuned("bert-sequence", bases("bert-sequence"))
+    with torch.no_grad():
+        model.get_input_embeddings().modules_to_save["default"].added_rows[0, 0] = float("nan")
+    before = state(model.get_base_model())
+    with pytest.raises(MergeError, match="added tokens"):
+        model.merge_and_unload(safe_merge=True)
+    assert repr(state(model.get_base_model())) == repr(before)
 
 
 # What cannot be ------------------------------------------------------------------------------------------------------
