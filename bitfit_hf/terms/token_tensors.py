@@ -172,7 +172,10 @@ def was_resized(model: nn.Module) -> bool:
     """Whether `resize_token_embeddings` has left a trace in a model: an attribute that its class does not have."""
     root = stock_root(model)
     size = vocabulary_size(root)
-    return size is not None and "vocab_size" in vars(root) and "vocab_size" not in vars(_twin(root, size))
+    if size is None or "vocab_size" not in vars(root):
+        return False
+    twin = _twin(root, size)
+    return twin is not None and "vocab_size" not in vars(twin)
 
 
 def note_rows(model: nn.Module) -> None:
@@ -228,7 +231,12 @@ def _counting_tokens(root: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
         return _counting[root]
     size = vocabulary_size(root)
     assert size is not None
-    twins = [dict(walk(_twin(root, count))) for count in (size, size + 1)]
+    twins = [dict(walk(twin)) for twin in (_twin(root, size), _twin(root, size + 1)) if twin is not None]
+    if len(twins) < 2:
+        raise AddedTokensError(
+            f"A {type(root).__name__} cannot be made from its configuration alone, which takes to find out where its "
+            f"tokens have their rows. {SAVE_FIRST}"
+        )
     found: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for path, module in twins[0].items():
         other = twins[1][path]
@@ -242,12 +250,15 @@ def _counting_tokens(root: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
     return found
 
 
-def _twin(root: nn.Module, vocabulary: int) -> nn.Module:
-    """The same architecture on the meta device, with another number of tokens."""
+def _twin(root: nn.Module, vocabulary: int) -> nn.Module | None:
+    """The same architecture on the meta device, with another number of tokens; `None` where its class takes more."""
     config: Any = copy.deepcopy(root.config)
     config.get_text_config().vocab_size = vocabulary
-    with torch.device("meta"):
-        return type(root)(config)
+    try:
+        with torch.device("meta"):
+            return type(root)(config)
+    except TypeError:
+        return None
 
 
 def _takes_rows(module: nn.Module) -> bool:

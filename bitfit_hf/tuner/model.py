@@ -339,8 +339,11 @@ class BitFitModel(BaseTuner):
             for _, layer in tuned_layers(model):
                 layer.check_merge(safe_merge, adapter_names)
             names = list(adapter_names or self.active_adapters)
+            token_rows = [module for module in model.modules() if isinstance(module, TokenRows)]
+            for rows in token_rows:
+                rows.check_merge(safe_merge, names)
             prepare_merge(model, names)
-            if any(isinstance(module, TokenRows) and module.serves(names) for module in model.modules()):
+            if any(rows.serves(names) for rows in token_rows):
                 keep_rows(model)
         for name, module in reversed(list(model.named_modules())):
             if isinstance(module, (BitFitLayer, BitFitHead)):

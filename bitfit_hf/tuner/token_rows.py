@@ -7,7 +7,7 @@ dtype. Here the base's layer runs as it is, and only what it answers for the add
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ class TokenRows(BitFitHead):
             )
         return adapter_name if isinstance(adapter_name, str) else next(iter(several), None)
 
-    def serves(self, adapter_names: Iterable[str]) -> bool:
+    def serves(self, adapter_names: Sequence[str]) -> bool:
         """Whether one of these adapters has added tokens here."""
         return any(name in self._adapters for name in adapter_names)
 
@@ -152,6 +152,13 @@ class TokenRows(BitFitHead):
 
     # --- unloading ---
 
+    def check_merge(self, safe_merge: bool, adapter_names: Sequence[str]) -> None:
+        """Raises [`MergeError`] for what would be wrong with merging, before any layer has been touched."""
+        served = [name for name in adapter_names if name in self._adapters]
+        rows = self.modules_to_save[served[0]].parameters() if safe_merge and served else ()
+        if not all(torch.isfinite(tensor).all() for tensor in rows):
+            raise MergeError(f"The rows of the added tokens of {served[0]!r} hold NaN or Inf; it seems to be broken.")
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
@@ -161,8 +168,6 @@ class TokenRows(BitFitHead):
             layer: Any = stock_module(self.original_module)
             own: Any = self.modules_to_save[names[0]]
             for name, new in own.named_parameters():
-                if safe_merge and not torch.isfinite(new).all():
-                    raise MergeError(f"The rows of the added tokens of {names[0]!r} hold NaN or Inf.")
                 write_rows(layer._parameters[ADDED[name]], own.start, new)
         self._active_adapter = []
         return self.original_module

@@ -55,11 +55,13 @@ from bitfit_hf.errors import (
     ConfigError,
     DeltaFormatError,
     DeltaMismatchError,
+    MergeError,
     StockExportError,
     TaskBankError,
 )
 from bitfit_hf.storage.files import digest
 from bitfit_hf.storage.fingerprint import decode
+from bitfit_hf.trainer.checkpoints import check_resumable
 
 VOCABULARY, ADDED, WIDTH = 64, 3, 32
 # By the name of the architecture: the names in a file of what belongs to the added tokens.
@@ -244,6 +246,24 @@ def test_a_step_of_training_changes_the_new_rows_and_leaves_the_others(bases, na
     assert all((tensor != start[key]).any() for key, tensor in added.items())
 
 
+@pytest.mark.parametrize("name", ARCHS)
+def test_the_gradient_is_that_of_the_rows_in_the_stock_model(bases, name):
+    """Of a matrix that is tied to the output layer, from both of its uses."""
+    arch = resized(name)
+    stock = enlarged(name, bases(name))
+    model = get_peft_model(copy.deepcopy(stock), config_for(arch)).eval()
+    for each in (stock, model):
+        each(**arch.inputs(), **arch.labels()).loss.backward()
+    parameters = dict(stock.named_parameters(remove_duplicate=False))
+    found = {key: tensor.grad for key, tensor in model.named_parameters() if "added_" in key}
+    assert len(found) == len(ARCHS[name])
+    for key, gradient in found.items():
+        own = key.removeprefix(PREFIX).replace("modules_to_save.default.added_rows", "weight")
+        wanted = parameters[own.replace("modules_to_save.default.added_bias", "bias")].grad[VOCABULARY:]
+        assert wanted.abs().max() > 1e-5
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_rows_stay_float32_on_a_half_precision_base(bases, dtype):
     name = "gpt2-causal_lm"
@@ -361,6 +381,15 @@ def test_a_loaded_model_saves_the_same_delta_again(bases, saved, tmp_path, name,
     again = BiasDelta.from_pretrained(tmp_path)
     assert again.digest == BiasDelta.from_pretrained(saved(name).folder).digest
     assert again.config.added_tokens == ADDED
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "bert-masked_lm"])
+def test_a_file_is_loaded_into_an_adapter_that_is_there(bases, saved, name):
+    """As a Trainer resumes and loads its best model: the base is compared without the rows of added tokens."""
+    model = tuned(name, bases(name), seed=7)
+    check_resumable(model, "default", saved(name).folder)
+    model.load_adapter(saved(name).folder, "default")
+    assert same_tensors(file_tensors(model), saved(name).tensors)
 
 
 @pytest.mark.parametrize("name", MERGEABLE)
@@ -688,6 +717,87 @@ def test_several_deltas_on_one_model(bases):
     assert same_tensors(base_tensors(base), before)
 
 
+def test_deltas_with_and_without_added_tokens_on_one_language_model(bases):
+    """Of an output bias with entries for added tokens, `b_0` is the part that the checkpoint has."""
+    name = "bert-masked_lm"
+    first, plain, last = (
+        BiasDelta.from_model(tuned(name, bases(name), seed=seed, count=count))
+        for seed, count in enumerate((ADDED, 0, ADDED), start=1)
+    )
+    base = load(name, bases(name))
+    before = base_tensors(base)
+    b_0 = before["cls.predictions.bias"]
+    for deltas in ((first, plain, last), (plain, first, last)):
+        for delta in deltas:
+            delta.apply_(base)
+        bias = base.cls.predictions.decoder.bias
+        total = b_0
+        for delta in deltas:
+            total = total + delta["cls.predictions.decoder.bias"]
+        assert torch.equal(bias[:VOCABULARY], total)
+        assert torch.equal(bias[VOCABULARY:], last.added["cls.predictions.decoder.added_bias"])
+        last.remove_(base)
+        assert torch.equal(bias[VOCABULARY:], first.added["cls.predictions.decoder.added_bias"])
+        first.remove_(base)
+        assert len(bias) == base.config.vocab_size == VOCABULARY
+        plain.remove_(base)
+        assert same_tensors(base_tensors(base), before)
+
+
+def test_deltas_on_one_language_model_have_one_vocabulary(bases):
+    name = "bert-masked_lm"
+    three, five = (BiasDelta.from_model(tuned(name, bases(name), count=count)) for count in (ADDED, 5))
+    for first, second in ((three, five), (five, three)):
+        base = first.apply_(load(name, bases(name)))
+        before = state(base)
+        with pytest.raises(AddedTokensError, match="one vocabulary"):
+            second.apply_(base)
+        assert state(base) == before
+        first.remove_(base)
+        assert base.config.vocab_size == VOCABULARY
+
+
+def test_deltas_of_bases_with_other_vocabularies_are_not_applied_together(bases):
+    name = "bert-sequence"
+    delta = BiasDelta.from_model(tuned(name, bases(name)))
+    other = copy.deepcopy(delta)
+    other.config.base_vocab_size = VOCABULARY + 1
+    base = delta.apply_(load(name, bases(name)))
+    with pytest.raises(AddedTokensError, match=r"base of 65.*one of 64"):
+        other.apply_(base)
+
+
+def test_a_state_dict_of_the_base_between_two_deltas(bases):
+    """The rows in it are the user's; those that it leaves alone are taken out with the delta that is gone."""
+    name = "bert-masked_lm"
+    base = enlarged(name, bases(name))
+    own = copy.deepcopy(base.state_dict())
+    first, second = (BiasDelta.from_model(tuned(name, bases(name), seed=seed)) for seed in (1, 2))
+    first.apply_(base)
+    base.load_state_dict(own)
+    second.apply_(base)
+    assert torch.equal(base.get_input_embeddings().weight[VOCABULARY:], second.added[ARCHS[name][0]])
+    second.remove_(base)
+    assert same_tensors(base.state_dict(), own)
+    first.apply_(base)
+    biases = {key: tensor for key, tensor in own.items() if key.endswith("bias")}
+    base.load_state_dict(biases, strict=False)
+    second.apply_(base)
+    assert torch.equal(base.get_input_embeddings().weight[VOCABULARY:], second.added[ARCHS[name][0]])
+    second.remove_(base)
+    assert same_tensors(base.state_dict(), own)
+
+
+def test_room_for_tokens_in_embeddings_that_are_offloaded_is_refused(bases, saved):
+    base = load("bert-sequence", bases("bert-sequence"))
+    embeddings = base.get_input_embeddings()
+    embeddings.weight = nn.Parameter(torch.empty_like(embeddings.weight, device="meta"))
+    with pytest.raises(AddedTokensError, match="offloaded"):
+        load_delta(base, saved("bert-sequence").folder)
+    with pytest.raises(DeltaMismatchError, match="not applied"):
+        BiasDelta.from_pretrained(saved("bert-sequence").folder).remove_(base)
+
+
 def test_a_bank_refuses_it_and_says_why(texts):
     base, delta = texts
     bank = TaskBank(BertModel.from_pretrained(base), AutoTokenizer.from_pretrained(base))
@@ -796,6 +906,33 @@ def test_a_resize_that_comes_too_late_is_noticed(bases, tmp_path):
         trainer.save_model(str(tmp_path / "saved"))
     with pytest.raises(AddedTokensError, match="before"):
         BiasDelta.from_model(model)
+
+
+class NeedsMore(BertForSequenceClassification):
+    """A class of a user's own that takes more than a configuration, and has an attribute like the one of a resize."""
+
+    def __init__(self, config: Any, more: int) -> None:
+        super().__init__(config)
+        self.vocab_size = config.vocab_size
+
+
+def test_a_class_that_takes_more_than_a_configuration(bases):
+    model = NeedsMore(BERT.build().config, 1)
+    assert get_peft_model(model, BitFitConfig()).peft_config["default"].added_tokens is None
+    model = NeedsMore.from_pretrained(bases("bert-sequence"), more=1)
+    model.resize_token_embeddings(VOCABULARY + ADDED)
+    with pytest.raises(AddedTokensError, match="from its configuration alone"):
+        get_peft_model(model, BitFitConfig())
+
+
+def test_broken_rows_are_not_merged(bases):
+    model = tuned("bert-sequence", bases("bert-sequence"))
+    with torch.no_grad():
+        model.get_input_embeddings().modules_to_save["default"].added_rows[0, 0] = float("nan")
+    before = state(model.get_base_model())
+    with pytest.raises(MergeError, match="added tokens"):
+        model.merge_and_unload(safe_merge=True)
+    assert repr(state(model.get_base_model())) == repr(before)
 
 
 # What cannot be ------------------------------------------------------------------------------------------------------
