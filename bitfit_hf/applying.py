@@ -19,12 +19,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import BitFitConfig
 from .errors import DeltaMismatchError, MergeError, collect
+from .terms import part_of
 from .terms.structure import stock_root, walk
 from .tuner.head import Labels, resized
 from .tuner.layer import reads_bias, span_index
 
 if TYPE_CHECKING:
     from .delta import BiasDelta
+
+
+Part = nn.Module | nn.Parameter  # of a head, see `bitfit_hf.terms.head_modules`
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Ledger:
     model_ref: Any
     applied: list[BiasDelta] = field(default_factory=list)
     biases: dict[str, torch.Tensor | None] = field(default_factory=dict)
-    leaves: dict[str, nn.Module] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
     labels: Labels | None = None
 
     def __post_init__(self) -> None:
@@ -61,15 +65,15 @@ class Ledger:
                 )
             elif stored is not None and tuple(stored.shape) != group[0].shape:
                 problems.append(f"{name} has shape {list(group[0].shape)}, the model's {list(stored.shape)}")
-        for path, tensors in _by_leaf(delta).items():
-            leaf = modules.get(path)
-            if leaf is None:
+        for path, tensors in _by_part(delta).items():
+            part = _find(stock_root(model), path)
+            if part is None:
                 problems.append(f"the head's {path} has no place: {type(model).__name__} has no such layer")
                 continue
-            own = leaf.state_dict()
+            own = _state(part)
             if own.keys() != tensors.keys():
                 problems.append(f"the head's {path} holds {sorted(tensors)}, the model's {sorted(own)}")
-            elif any(own[key].shape != tensors[key].shape for key in own) and not _resizable(leaf, tensors):
+            elif any(own[key].shape != tensors[key].shape for key in own) and not _resizable(part, tensors):
                 problems.append(f"the head's {path} has another shape than the model's")
         if problems:
             raise DeltaMismatchError(
@@ -90,13 +94,14 @@ class Ledger:
             for name, base in self.biases.items():
                 path, _, parameter = name.rpartition(".")
                 self._write_bias(modules[path], parameter, name, base)
-        for path, leaf in self.leaves.items():
-            _put(root, path, leaf)
+        for path, part in self.parts.items():
+            _put(root, path, part)
         headed = next((delta for delta in reversed(self.applied) if delta.head), None)
         if headed is not None:
-            for path, tensors in _by_leaf(headed).items():
-                leaf = self.leaves.setdefault(path, root.get_submodule(path))
-                _put(root, path, _head_leaf(leaf, tensors))
+            for path, tensors in _by_part(headed).items():
+                found = _find(root, path)
+                assert found is not None  # `check` has seen to it
+                _put(root, path, _head_part(self.parts.setdefault(path, found), tensors))
         labels = None if headed is None or headed.config.num_labels is None else _labels_of(headed.config)
         if self.labels is not None and isinstance(model, PreTrainedModel):
             (labels or self.labels).give_to(model)
@@ -131,21 +136,36 @@ class Ledger:
 LEDGERS: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary()
 
 
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+def _find(root: nn.Module, path: str) -> Part | None:
     parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
+    owner = dict(walk(root)).get(parent)
+    if owner is None:
+        return None
+    module = owner._modules.get(name)
+    return owner._parameters.get(name) if module is None else module
 
 
-def _by_leaf(delta: BiasDelta) -> dict[str, dict[str, torch.Tensor]]:
-    leaves: dict[str, dict[str, torch.Tensor]] = {path: {} for path in delta.config.modules_to_save or []}
+def _put(root: nn.Module, path: str, part: Part) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, part)
+
+
+def _state(part: Part) -> dict[str, torch.Tensor]:
+    return {"": part} if isinstance(part, nn.Parameter) else part.state_dict()
+
+
+def _by_part(delta: BiasDelta) -> dict[str, dict[str, torch.Tensor]]:
+    """The head's tensors by part, under their names in it; that of a parameter is empty."""
+    names = delta.config.modules_to_save or []
+    parts: dict[str, dict[str, torch.Tensor]] = {path: {} for path in names}
     for name, tensor in delta.head.items():
-        path = leaf_of(name, delta.config.modules_to_save or [])
+        path = part_of(name, names)
         assert path is not None  # checked when the delta was made
-        leaves[path][name.removeprefix(f"{path}.")] = tensor
-    return leaves
+        parts[path][name[len(path) + 1 :]] = tensor
+    return parts
 
 
-def _resizable(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+def _resizable(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> bool:
     if not isinstance(leaf, (nn.Linear, Conv1D)) or "weight" not in tensors:
         return False
     axis = _output_axis(leaf)
@@ -158,8 +178,10 @@ def _output_axis(leaf: nn.Module) -> int:
     return 1 if isinstance(leaf, Conv1D) else 0
 
 
-def _head_leaf(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of the model's own leaf, with the delta's tensors in the model's dtype."""
+def _head_part(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> Part:
+    """A copy of the model's own leaf or parameter, with the delta's tensors in the model's dtype."""
+    if isinstance(leaf, nn.Parameter):
+        return nn.Parameter(tensors[""].to(leaf, copy=True), requires_grad=leaf.requires_grad)
     own = leaf.state_dict()
     clone: nn.Module
     if any(own[key].shape != tensor.shape for key, tensor in tensors.items()):
@@ -179,8 +201,3 @@ def _labels_of(config: BitFitConfig) -> Labels:
     assert config.num_labels is not None
     names = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
     return Labels(config.num_labels, dict(names), config.problem_type)
-
-
-def leaf_of(name: str, leaves: list[str]) -> str | None:
-    """The one of the head's `leaves` that the tensor `name` belongs to."""
-    return next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .applying import LEDGERS, Ledger, leaf_of
+from .applying import LEDGERS, Ledger
 from .config import BitFitConfig, BitFitPeftType
 from .errors import (
     AdapterNameError,
@@ -30,8 +30,8 @@ from .fingerprint import OnMismatch, check_base, fingerprint
 from .layout import decode_layout, encode_layout
 from .pinning import base_commit
 from .sharding import gathered, put_back
-from .terms import Bias, find_biases, head_modules
-from .terms.structure import stock_root, walk
+from .terms import Bias, SavedNames, find_biases, head_modules, part_of, part_tensors
+from .terms.structure import stock_root
 from .tuner.head import Labels
 from .tuner.layer import PREFIX, span_index
 from .tuner.plan import num_base_parameters
@@ -82,6 +82,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     ) -> None:
         self.config = config
         self.head = dict(head or {})
+        if config.modules_to_save is not None:
+            config.modules_to_save = SavedNames(config.modules_to_save).without_peft_names(self.head)
         self.biases = _group(decode_layout(config.bias_layout or {}))
         self._tensors = {name: tensors[name] for name in self.biases if name in tensors}
         self.extraction_error: float | None = None
@@ -238,11 +240,9 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             base_num_parameters=num_base_parameters(base, head_modules(base)) or None,
             bias_layout=encode_layout(biases),
         )
-        modules = dict(walk(tuned))
         head = {
-            f"{path}.{name}": _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
-            for path in head_names
-            for name, tensor in modules[path].state_dict().items()
+            name: _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
+            for name, tensor in part_tensors(tuned, head_names).items()
         }
         result = cls(deltas, config=config, head=head, where="the tuned model")
         result.extraction_error = max(errors)
@@ -518,7 +518,7 @@ def _check_tensors(
         wanted = group[0].shape if size == math.prod(group[0].shape) else (size,)
         if name in tensors and tuple(tensors[name].shape) != wanted:
             problems.append(f"{name} has shape {list(tensors[name].shape)} instead of {list(wanted)}")
-    owners = {name: leaf_of(name, leaves) for name in head}
+    owners = {name: part_of(name, leaves) for name in head}
     problems += [f"{name} is not expected" for name, owner in owners.items() if owner is None]
     problems += [f"the head's {leaf} is missing" for leaf in leaves if leaf not in owners.values()]
     if problems:
@@ -534,7 +534,7 @@ def _check_only_biases_differ(
 ) -> None:
     problems = []
     for name, tensor in after.items():
-        if name in biases or leaf_of(name, head) is not None:
+        if name in biases or part_of(name, head) is not None:
             continue
         if name not in before:
             problems.append(f"{name} is not in the base")
@@ -548,7 +548,7 @@ def _check_only_biases_differ(
         for name in sorted(biases)
         if name in before and before[name].shape != after[name].shape
     ]
-    problems += [f"{n} is not in the tuned model" for n in before if n not in after and leaf_of(n, head) is None]
+    problems += [f"{n} is not in the tuned model" for n in before if n not in after and part_of(n, head) is None]
     if problems:
         raise DeltaMismatchError(
             f"These checkpoints differ in more than biases and head, so no bias delta leads from one to the other:"

@@ -187,9 +187,9 @@ def _tensors(module: nn.Module, parameter: str) -> Iterator[tuple[str, torch.Ten
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
     tensor = module._parameters.get(name)
-    owner: Any = vars(module).get("_bitfit_owner")
-    if owner is not None and name in owner[0].bias_parameters:
-        tensor = owner[0].base_bias(name)  # adapters may be merged into the parameter
+    owner: Any = vars(module).get("_bitfit_owners", {}).get(name)
+    if owner is not None:
+        tensor = owner.base_bias(name)  # adapters may be merged into the parameter
     if tensor is None or not tensor.is_meta:
         return None if tensor is None else gathered(tensor)
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's offloading

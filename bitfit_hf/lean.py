@@ -34,6 +34,7 @@ from .errors import RecomputationError, UnsupportedLayerError
 from .terms import find_biases
 from .terms.structure import LINEAR, NORM, kind_of, stock_root, walk
 from .tuner.layer import BitFitLayer
+from .tuner.reading import owners
 
 logger = logging.getLogger(__name__)
 
@@ -367,9 +368,7 @@ class _State:
 def _tuned(*modules: nn.Module) -> Iterator[BitFitLayer]:
     """The BitFit layers among `modules` and in them, or around them."""
     for module in modules:
-        owner = vars(module).get("_bitfit_owner")
-        if owner is not None:
-            yield owner[0]
+        yield from (owner for owner in dict.fromkeys(owners(module).values()) if isinstance(owner, BitFitLayer))
         for inner in module.modules():
             if isinstance(inner, BitFitLayer):
                 yield inner

@@ -106,6 +106,7 @@ def stock_files(
         )
     if not isinstance(delta_or_model, nn.Module):
         check_base(root, delta.config.base_fingerprint, delta_base=delta.config.base_model_name_or_path)
+    _refuse_parameters(root, delta)
     carrier = _carrier(root, delta)
     config = LoraConfig(
         task_type=delta.config.task_type,
@@ -162,6 +163,16 @@ def _refuse_added(delta: BiasDelta) -> None:
             f"This delta gives biases to layers that have none in the base:{collect(added)}\nStock PEFT has no place "
             "for them. Share the delta itself, or a merged copy (`merge_and_unload`) where the architecture has a "
             "switch for biases."
+        )
+
+
+def _refuse_parameters(root: nn.Module, delta: BiasDelta) -> None:
+    modules = dict(walk(root))
+    parameters = [name for name in delta.config.modules_to_save or [] if name not in modules]
+    if parameters:
+        raise StockExportError(
+            f"The head of {type(root).__name__} has parameters that lie in no module:{collect(parameters)}\nStock "
+            "PEFT saves modules only. Share the delta itself, or a merged copy (`merge_and_unload`)."
         )
 
 

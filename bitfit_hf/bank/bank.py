@@ -246,14 +246,14 @@ class TaskBank:
             places: dict[str | None, list[int]] = defaultdict(list)
             for example, name in enumerate(names):
                 places[name].append(example)
-            kinds: dict[int, tuple[Kind, list[Member]]] = {}
+            kinds: dict[tuple[int, str | None], tuple[Kind, list[Member]]] = {}
             members = []
             for name, examples in places.items():
                 kind = self._base_kind if name is None else held[name][0].kind
                 resident = None if name is None else held[name][1]
                 member = Member(examples, self._base.no_rows if resident is None else resident.rows, resident)
                 members.append(member)
-                kinds.setdefault(id(kind), (kind, []))[1].append(member)
+                kinds.setdefault((id(kind), name if kind.one_by_one else None), (kind, []))[1].append(member)
             outputs: list[Any] = [None] * len(names)
             with running(Batch(members, len(names))) as batch:
                 if len(kinds) > 1:

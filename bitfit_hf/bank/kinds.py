@@ -16,11 +16,12 @@ from ..config import BitFitConfig
 from ..delta import BiasDelta
 from ..errors import BaseModelMismatchError, BitFitError, DeltaMismatchError, TaskBankError, collect
 from ..fingerprint import OnMismatch, check_base
-from ..terms import head_modules
+from ..terms import head_modules, part_of, part_tensors
 from ..terms.structure import walk
-from ..tuner.reading import stock_class
+from ..tuner.reading import install, stock_class
 from .base import Base
 from .batch import current
+from .values import BankedValue, HeadValue
 
 _MAPPINGS = {
     "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
@@ -131,7 +132,8 @@ class Kind:
     Args:
         base ([`Base`]): The bank's base.
         shell (`PreTrainedModel`): The class, on the base's modules.
-        leaves (`Mapping[str, nn.Module]`): The head's leaf modules by path, on the meta device.
+        leaves (`Mapping[str, nn.Module]`): The head's leaf modules by path, and [`HeadValue`]s for its other parts, on
+            the meta device.
     """
 
     def __init__(self, base: Base, shell: PreTrainedModel, leaves: Mapping[str, nn.Module]) -> None:
@@ -170,6 +172,11 @@ class Kind:
         return dict(walk(self.shell))
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether the head is run for one task at a time."""
+        return any(isinstance(leaf, HeadValue) for leaf in self.leaves.values())
+
+    @property
     def name(self) -> str:
         """Name of the model class."""
         return type(self.shell).__name__
@@ -184,9 +191,9 @@ class Kind:
         problems = []
         for path, pattern in self.leaves.items():
             tensors = {
-                name.removeprefix(f"{path}."): tensor.detach().clone()
+                name[len(path) + 1 :] or "value": tensor.detach().clone()
                 for name, tensor in delta.head.items()
-                if name.startswith(f"{path}.")
+                if part_of(name, [path])
             }
             own = pattern.state_dict()
             if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
@@ -326,12 +333,21 @@ def _make(base: Base, cls: type[PreTrainedModel], config: BitFitConfig, tokenize
     with torch.device("meta"):
         shell: PreTrainedModel = cls(settings).eval()
     paths = head_modules(shell)
-    leaves = {path: shell.get_submodule(path).float() for path in paths}
+    modules = dict(walk(shell))
+    tensors = part_tensors(shell, paths)
+    leaves = {path: modules[path].float() if path in modules else HeadValue(tensors[path].float()) for path in paths}
     _adopt(base, shell, paths)
     for path, leaf in leaves.items():
         parent, _, name = path.rpartition(".")
-        pattern = copy.deepcopy(leaf).to_empty(device=base.device)
-        setattr(shell.get_submodule(parent), name, BankedHead(path, pattern))
+        owner = shell.get_submodule(parent)
+        if isinstance(leaf, HeadValue):
+            owner._parameters[name] = nn.Parameter(
+                torch.empty_like(leaf.value, dtype=base.model.dtype, device=base.device), requires_grad=False
+            )
+            install(owner, (name,), owner=BankedValue(path))
+        else:
+            pattern = copy.deepcopy(leaf).to_empty(device=base.device)
+            setattr(owner, name, BankedHead(path, pattern))
     missing = [name for name, tensor in [*shell.named_parameters(), *shell.named_buffers()] if tensor.is_meta]
     if missing:
         raise TaskBankError(
@@ -366,7 +382,8 @@ def _adopt(base: Base, shell: PreTrainedModel, head: Sequence[str]) -> None:
     outside = dict(walk(base.model))
     for path, module in list(walk(shell)):
         # Layers beside the backbone that came with the checkpoint, where the base is of the same class.
-        tensors = [*module._parameters.values(), *module._buffers.values()]
+        named = [*module._parameters.items(), *module._buffers.items()]
+        tensors = [tensor for name, tensor in named if f"{path}.{name}" not in head]
         if path and path not in head and any(t is not None and t.is_meta for t in tensors):
             twin = outside.get(path)
             if type(base.model) is type(shell) and twin is not None and stock_class(twin) is type(module):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import MergeError, UnsupportedLayerError
 from ..sharding import is_sharded, lent
@@ -384,10 +385,20 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         elif self.merged:
             self.unmerge()
-        uninstall(self.base_layer)
+        uninstall(self.base_layer, self.bias_parameters)
         return self.base_layer
 
     # --- the rest of the model sees the stock layer ---
+
+    @property
+    def in_features(self) -> int | None:
+        """Size of the layer's input, which PEFT's tools read of every layer; `None` where its kind says none."""
+        return _features(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """Size of the layer's output, or `None`."""
+        return _features(self.base_layer)[1]
 
     def train(self, mode: bool = True) -> BitFitLayer:
         """Sets the mode; a BatchNorm's running statistics are frozen weights, so it stays in evaluation mode."""
@@ -401,7 +412,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # A layer's own `__deepcopy__` would copy the layer and leave this wrapper out.
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -445,6 +457,16 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
         weight = getattr(layer, "weight", None)
         dtype = weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
     return dtype
+
+
+def _features(layer: nn.Module) -> tuple[int | None, int | None]:
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, 3 * layer.embed_dim
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.in_channels, layer.out_channels
+    return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
 
 
 def _out_features(layer: nn.Module) -> int:

@@ -21,10 +21,21 @@ from ..files import KEY_PREFIX
 from ..fingerprint import check_base, fingerprint
 from ..layout import encode_layout
 from ..pinning import base_commit
-from ..terms import Bias, find_biases, head_modules, select_biases
+from ..terms import (
+    PEFT_NAMES,
+    Bias,
+    SavedNames,
+    class_head,
+    find_biases,
+    head_modules,
+    part_of,
+    part_tensors,
+    select_biases,
+)
 from ..terms.structure import stock_root, walk
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
+from .reading import owners
 from .state import check_fit
 
 logger = logging.getLogger(__name__)
@@ -46,7 +57,8 @@ class Plan:
     Args:
         biases (`list[Bias]`): What is tuned.
         parameters (`dict[str, tuple[str, ...]]`): For each module all biases that any adapter could tune there.
-        head (`list[str]`): Leaf modules of the head.
+        head (`list[str]`): Parts of the head, see [`head_modules`].
+        middle (`frozenset[str]`): Those of them that are no head by the model's class, so that layers may follow.
         labels ([`Labels`], *optional*): The adapter's labels, where there is a head.
         logits (`str`, *optional*): The leaf whose size is the number of labels.
         carrier (`str`, *optional*): The leaf that keeps the label names in step.
@@ -56,6 +68,7 @@ class Plan:
     biases: list[Bias]
     parameters: dict[str, tuple[str, ...]]
     head: list[str]
+    middle: frozenset[str]
     labels: Labels | None
     logits: str | None
     carrier: str | None
@@ -82,11 +95,11 @@ class Plan:
                     size = sum(bias.num_parameters for bias in chosen)
                     whole = size == torch.Size(chosen[0].shape).numel()
                     expected[f"{module}.{PREFIX}{parameter}"] = torch.empty(chosen[0].shape if whole else (size,))
-        modules = dict(walk(stock_root(model)))
-        for path in self.head:
-            labels = self.labels.num_labels if self.labels is not None and path == self.logits else None
-            for name, tensor in float32_copy(modules[path], labels).state_dict().items():
-                expected[f"{path}.{name}"] = tensor
+        expected |= part_tensors(model, self.head)
+        if self.logits is not None and self.labels is not None:
+            leaf = dict(walk(stock_root(model)))[self.logits]
+            copy = float32_copy(leaf, self.labels.num_labels)
+            expected |= {f"{self.logits}.{name}": tensor for name, tensor in copy.state_dict().items()}
         check_fit(expected, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, where=where)
 
     def describe(self, config: BitFitConfig) -> None:
@@ -135,6 +148,7 @@ def make_plan(
         biases = _restrict(biases, only)
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_free(modules, [bias.module for bias in biases], head)
+    _check_read_once(model, [bias.module for bias in biases], head)
     _check_not_split(model, biases)
 
     everywhere: dict[str, tuple[str, ...]] = {}
@@ -148,6 +162,7 @@ def make_plan(
         biases=biases,
         parameters=parameters,
         head=head,
+        middle=frozenset(head).difference(class_head(model, config.task_type)),
         labels=labels,
         logits=logits,
         carrier=(logits or head[-1]) if labels is not None else None,
@@ -208,7 +223,7 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
     """A delta's head needs a model that has one; it is missing where a backbone or a language model is loaded."""
     if not config.pending or not config.modules_to_save:
         return
-    paths = {path for path, _ in walk(stock_root(model))}
+    paths = [path for path, _ in walk(stock_root(model))] + [name for name, _ in stock_root(model).named_parameters()]
     if not any(path == name or path.endswith(f".{name}") for name in config.modules_to_save for path in paths):
         names = [name for name in config.modules_to_save if "." in name] or config.modules_to_save
         raise DeltaMismatchError(
@@ -245,6 +260,20 @@ def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list
             )
 
 
+def _check_read_once(model: nn.Module, targets: list[str], head: list[str]) -> None:
+    """A parameter of the head, and the biases of the module that holds it, are read in the same way."""
+    modules = dict(walk(stock_root(model)))
+    for name in head:
+        path = name.rpartition(".")[0]
+        if name not in modules and (
+            path in targets or any(isinstance(owner, BitFitLayer) for owner in owners(modules[path]).values())
+        ):
+            raise UnsupportedLayerError(
+                f"{name} cannot be trained whole on a model in which biases of {path} are tuned. Leave {name} out of "
+                f"`modules_to_save`, or {path} out of the tuned modules with `exclude_modules`."
+            )
+
+
 def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
     """FSDP lends a layer its whole bias to compute with; under tensor parallelism a layer computes with its slice."""
     modules = dict(walk(stock_root(model)))
@@ -269,9 +298,9 @@ def _labels(model: nn.Module, config: BitFitConfig, head: list[str]) -> tuple[La
             else {index: f"LABEL_{index}" for index in range(config.num_labels)}
         )
         labels = Labels(config.num_labels, names, config.problem_type or own.problem_type)
-    leaves = {path: model.get_submodule(path) for path in head}
-    sizes = {path: _sizes(leaf) for path, leaf in leaves.items()}
-    logits = next((path for path in reversed(head) if own.num_labels in sizes[path]), None)
+    modules = dict(model.named_modules())
+    sizes = {path: _sizes(modules[path]) for path in head if path in modules}
+    logits = next((path for path in reversed(sizes) if own.num_labels in sizes[path]), None)
     if logits is None and labels.num_labels != own.num_labels:
         raise DeltaMismatchError(
             f"The adapter has {labels.num_labels} labels, but no layer of the head of {type(model).__name__} has "
@@ -290,8 +319,8 @@ def _values(
     model: nn.Module, config: BitFitConfig, biases: list[Bias], head: list[str], labels: Labels | None
 ) -> dict[str, Any]:
     values: dict[str, Any] = {"bias_layout": encode_layout(biases)}
-    if head:
-        values["modules_to_save"] = head
+    if head or config.task_type in PEFT_NAMES:
+        values["modules_to_save"] = SavedNames(head)  # also an empty list is proof against what PEFT appends
     if labels is not None:
         values["num_labels"] = labels.num_labels
         values["id2label"] = dict(labels.id2label)
@@ -318,13 +347,11 @@ def _values(
 
 def num_base_parameters(model: nn.Module, head: list[str]) -> int:
     """How many parameters the stock model has outside its task head, whatever is injected; tied ones count once."""
-    leaves = tuple(f"{path}." for path in head)
     parameters = {
         id(parameter): _numel(parameter)
         for path, module in walk(stock_root(model))
-        if not f"{path}.".startswith(leaves)
-        for parameter in module._parameters.values()
-        if parameter is not None
+        for name, parameter in module._parameters.items()
+        if parameter is not None and part_of(f"{path}.{name}" if path else name, head) is None
     }
     return sum(parameters.values())
 
@@ -338,13 +365,14 @@ def _numel(parameter: torch.Tensor) -> int:
 
 def _task_type(model: PreTrainedModel) -> str | None:
     name = type(model).__name__
+    accepted = set(inspect.signature(type(model).forward).parameters)
+    # PEFT's wrappers for the task types hand these on to any model, also to one that knows nothing of them (Wav2Vec2,
+    # CLIP, Tapas). Its plain wrapper hands on what it gets.
+    if not {"input_ids", "inputs_embeds"} <= accepted:
+        return None
     for ending, task_type in _TASK_TYPES.items():
         if name.endswith(ending):
-            return task_type
-    # PEFT's wrappers for the tasks below hand these on to any model, also to one that knows nothing of them (Whisper,
-    # CLIP). Its plain wrapper hands on what it gets.
-    if not {"input_ids", "inputs_embeds"} <= set(inspect.signature(type(model).forward).parameters):
-        return None
+            return None if task_type == "QUESTION_ANS" and "start_positions" not in accepted else task_type
     if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
     return "FEATURE_EXTRACTION" if name.endswith("Model") else None
