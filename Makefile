@@ -10,7 +10,7 @@ ARGS ?=
 
 help:
 	@echo "make quickstart   train two generated tasks on a real MiniLM, offline (ARGS=... are passed to recipes/quickstart.py)"
-	@echo "make bench        what a training step costs against other methods (ARGS=... are passed to recipes/benchmark.py)"
+	@echo "make bench        what a training step costs against other methods (ARGS=... are passed to recipes/benchmarks/training.py)"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-slow    the slow ones"
 	@echo "make quality      ruff check, ruff format --check, mypy"
@@ -32,7 +32,7 @@ quickstart: $(VENV)/.demo
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
 bench: $(VENV)/.demo
-	$(BIN)/python recipes/benchmark.py $(ARGS)
+	$(BIN)/python recipes/benchmarks/training.py $(ARGS)
 
 # One thread per test process: the tests' models are small, and two processes share the cores better than their threads do.
 test: $(VENV)/.dev

@@ -5,37 +5,69 @@ Importing this package registers the method `BITFIT` with PEFT and does nothing 
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0.dev0"
 
-from . import errors
-from .analysis import bias_change, plot_bias_change
-from .bank import TaskBank
-from .callback import BitFitCallback
-from .config import BitFitConfig
-from .delta import BiasDelta, load_delta
-from .errors import *  # noqa: F403
-from .fingerprint import base_mismatch
-from .hub import push_to_hub
-from .lean import recompute_activations
-from .optim import optimizer_groups
-from .tuner import BitFitLayer, BitFitModel
-from .tuner.registration import register
 
-__all__ = [
-    *errors.__all__,
-    "BiasDelta",
-    "BitFitCallback",
-    "BitFitConfig",
-    "BitFitLayer",
-    "BitFitModel",
-    "TaskBank",
-    "base_mismatch",
-    "bias_change",
-    "load_delta",
-    "optimizer_groups",
-    "plot_bias_change",
-    "push_to_hub",
-    "recompute_activations",
-]
+def _for_the_command_line() -> bool:
+    """Whether this import is the first half of importing `bitfit_hf.cli`.
 
-register()
+    `bitfit --help` and a mistyped option are answered in a tenth of a second, torch takes several to import. Python
+    imports a package before what is in it, so the package looks at who asks. Where that cannot be seen, everything is
+    imported, which is right in any case and only slower.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") in ("importlib._bootstrap", "runpy"):  # the latter for `python -m`
+            asked = frame.f_locals.get("name") or frame.f_locals.get("mod_name")
+            if isinstance(asked, str) and f"{asked}.".startswith(f"{__name__}.cli."):
+                return True
+    return False
+
+
+if TYPE_CHECKING or not _for_the_command_line():
+    from . import errors
+    from .analysis import bias_change
+    from .bank import TaskBank
+    from .config import BitFitConfig
+    from .delta import BiasDelta, load_delta
+    from .errors import *  # noqa: F403
+    from .hub import push_to_hub
+    from .plot import plot_bias_change
+    from .recompute import recompute_activations
+    from .storage.fingerprint import base_mismatch
+    from .trainer import BitFitCallback, optimizer_groups
+    from .tuner import BitFitLayer, BitFitModel
+    from .tuner.registration import register
+
+    __all__ = [
+        *errors.__all__,
+        "BiasDelta",
+        "BitFitCallback",
+        "BitFitConfig",
+        "BitFitLayer",
+        "BitFitModel",
+        "TaskBank",
+        "base_mismatch",
+        "bias_change",
+        "load_delta",
+        "optimizer_groups",
+        "plot_bias_change",
+        "push_to_hub",
+        "recompute_activations",
+    ]
+
+    register()
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Completes the import when a command, or anyone else in its process, asks for more than the version."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        from importlib import reload
+
+        del globals()["__getattr__"]
+        return getattr(reload(sys.modules[__name__]), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, TaskType
 
-from .errors import ConfigError, collect
-from .files import digest
-from .run import TrainingRun
+from .errors import BitFitError, ConfigError, DeltaFormatError, collect
+from .storage.files import digest
 from .terms import SavedNames, resolve_terms
+from .training_run import TrainingRun
 
 
 class BitFitPeftType(str, Enum):
@@ -61,7 +62,7 @@ class BitFitConfig(PeftConfig):
         base_fingerprint (`dict`, *optional*):
             What identifies the checkpoint that the delta belongs to; filled in at injection.
         bias_layout (`dict[str, str]`, *optional*):
-            Which term and layer each tuned tensor is, see [`bitfit_hf.layout`]; filled in at injection.
+            Which term and layer each tuned tensor is, see [`bitfit_hf.storage.bias_layout`]; filled in at injection.
         weights_digest (`str`, *optional*):
             SHA-256 over the tensors saved with this configuration; ties the two files of one save together.
         base_num_parameters (`int`, *optional*):
@@ -155,15 +156,37 @@ class BitFitConfig(PeftConfig):
             return
         if self.num_labels is None:
             self.num_labels = len(self.id2label)
-        if (
-            not self.id2label
-            or len(self.id2label) != self.num_labels
-            or self.id2label.keys() != set(range(self.num_labels))
-        ):
+        _check_numbers(self.num_labels, self.id2label)
+
+    def set_labels(
+        self, num_labels: int, id2label: Mapping[Any, Any], problem_type: str | None, *, adapter_name: str
+    ) -> None:
+        """Replaces the labels by those that the model has when its delta is saved.
+
+        Args:
+            num_labels (`int`): How many labels the model's config has.
+            id2label (`Mapping`): Their names.
+            problem_type (`str`, *optional*): transformers' name of the loss.
+            adapter_name (`str`): Whose labels they are, for messages.
+
+        Raises:
+            [`ConfigError`]: A delta with these labels could not be loaded; the configuration is as it was.
+        """
+        if self.num_labels not in (None, num_labels):
             raise ConfigError(
-                f"`id2label` names the labels {sorted(self.id2label)[:8]} but `num_labels` is {self.num_labels}; "
-                f"name each of 0 to {self.num_labels - 1} once."
+                f"The model's config names {num_labels} labels, and the head of adapter {adapter_name!r} has "
+                f"{self.num_labels} outputs. Name as many in `model.config.id2label`, then save again."
             )
+        given = {"num_labels": num_labels, "id2label": dict(id2label), "problem_type": problem_type}
+        problems = [problem for name, value in given.items() if (problem := _CHECKS[name](name, value))]
+        if problems:
+            raise ConfigError(
+                f"The model's config holds labels of adapter {adapter_name!r} that no delta can be loaded with:"
+                f"{collect(problems)}\nMend `model.config`, then save again."
+            )
+        names = {int(index): label for index, label in id2label.items()}
+        _check_numbers(num_labels, names)
+        self.num_labels, self.id2label, self.problem_type = num_labels, names, problem_type
 
     def restore_given_base(self) -> None:
         """Puts back the base's name that the user gave, if there was one."""
@@ -198,7 +221,7 @@ class BitFitConfig(PeftConfig):
         return self._size_of_last_state
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json` and, beside it, the model card.
+        """Writes `adapter_config.json`, and what belongs beside it: the model card, see [`after_save`].
 
         Every stock way of saving a delta comes by here, PEFT's with a card of its own in the folder already.
 
@@ -208,9 +231,7 @@ class BitFitConfig(PeftConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         if self.bias_layout:  # else nothing was trained yet
-            from .card import write_card
-
-            write_card(save_directory, self)
+            run_after_save(save_directory, self)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`."""
@@ -224,12 +245,65 @@ class BitFitConfig(PeftConfig):
         return values
 
     @classmethod
+    def from_values(cls, values: Mapping[str, Any], *, where: str) -> BitFitConfig:
+        """Makes a configuration of the values of an `adapter_config.json`.
+
+        Args:
+            values (`Mapping[str, Any]`): As they stand in the file.
+            where (`str`): Names the delta in messages.
+
+        Raises:
+            [`DeltaFormatError`]: It is the configuration of another method.
+            [`BitFitError`]: A value cannot be used.
+        """
+        if values.get("peft_type") != BitFitPeftType.BITFIT.value:
+            raise DeltaFormatError(
+                f"{where}: adapter_config.json is of the method {values.get('peft_type')!r}, not 'BITFIT'. "
+                "Load it with the library that wrote it."
+            )
+        try:
+            return cls.from_peft_type(**cls.check_kwargs(**values))
+        except BitFitError as error:
+            raise type(error)(f"{where}: adapter_config.json cannot be used. {error}") from error
+
+    @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Hook of PEFT for values read from a file: they are untrusted, so the file's base name is a plain value."""
         name = kwargs.get("base_model_name_or_path")
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"adapter_config.json: `base_model_name_or_path` must be a string, got {name!r}.")
         return super().check_kwargs(**kwargs)
+
+
+# What is called with the folder, the configuration and, where it is at hand, the delta as a value.
+AfterSave = Callable[[str | os.PathLike[str], BitFitConfig, Any], None]
+_after_save: list[AfterSave] = []
+
+
+def after_save(hook: AfterSave) -> AfterSave:
+    """Has `hook` called whenever a delta's configuration has been saved, whichever way. Usable as a decorator."""
+    _after_save.append(hook)
+    return hook
+
+
+def run_after_save(folder: str | os.PathLike[str], config: BitFitConfig, delta: Any = None) -> None:
+    """Calls the hooks of [`after_save`].
+
+    Args:
+        folder (`str` or `os.PathLike`): Where the configuration has been saved.
+        config ([`BitFitConfig`]): The configuration.
+        delta ([`BiasDelta`], *optional*): The delta as a value, where it is at hand.
+    """
+    for hook in _after_save:
+        hook(folder, config, delta)
+
+
+def _check_numbers(num_labels: int, id2label: Mapping[int, str]) -> None:
+    if not id2label or len(id2label) != num_labels or id2label.keys() != set(range(num_labels)):
+        raise ConfigError(
+            f"`id2label` names the labels {sorted(id2label)[:8]} but `num_labels` is {num_labels}; "
+            f"name each of 0 to {num_labels - 1} once."
+        )
 
 
 def _canonical(bias_terms: str | Sequence[str]) -> str | list[str]:

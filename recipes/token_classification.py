@@ -28,14 +28,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.arguments import StudyArguments
+from common.data import by_length, load_splits, subset
+from common.metrics import word_accuracy
+from common.models import locate, new_model
+from common.record import RunRecord
+from common.tagging import on_subwords, read_conll, tag_names, tagged
+from common.training import Split, TaskData, chosen_method, run_recipe, train
 from datasets import Dataset
-from study.arguments import StudyArguments
-from study.data import by_length, load_splits, subset
-from study.metrics import word_accuracy
-from study.models import locate, new_model
-from study.record import RunRecord
-from study.tagging import on_subwords, read_conll, tag_names, tagged
-from study.training import Split, TaskData, chosen_method, run_recipe, train
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -98,7 +98,7 @@ def load(args: TokenClassificationArguments) -> tuple[dict[str, Dataset], str]:
 
 
 def run(args: TokenClassificationArguments) -> RunRecord:
-    """One run; see [`study.training.train`] for the files that it leaves."""
+    """One run; see [`common.training.train`] for the files that it leaves."""
     method = chosen_method(args)
     splits, source = load(args)
     names = tag_names(splits)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
+
+from ..tuner.nested import SHARED, Path
 
 
 class BankOutput(Sequence[ModelOutput]):
@@ -22,21 +24,26 @@ class BankOutput(Sequence[ModelOutput]):
     Args:
         outputs (`Sequence[ModelOutput]`): For each example the output, of the whole batch, that its answer is part of.
         tasks (`Sequence[str]`): Their tasks' names; `None` for the base.
-        mixing (`Container[str]`, *optional*): Fields in which examples come together.
+        axes (`Mapping`, *optional*):
+            The batch dimension of tensors in the outputs by their path, as far as it is known: `None` where several
+            examples come together. Of others it is the first one.
     """
 
     def __init__(
-        self, outputs: Sequence[ModelOutput], tasks: Sequence[str | None], mixing: Container[str] = ()
+        self,
+        outputs: Sequence[ModelOutput],
+        tasks: Sequence[str | None],
+        axes: Mapping[Path, int | None] | None = None,
     ) -> None:
         self._outputs = list(outputs)
-        self._mixing = mixing
+        self._axes = axes or {}
         self.tasks = list(tasks)
 
     @cached_property
     def _answers(self) -> list[ModelOutput]:
         # Made when they are asked for: an object for each of a hundred examples takes as long as a layer, and most
         # callers want one field.
-        return [example_of(output, i, len(self), self._mixing) for i, output in enumerate(self._outputs)]
+        return [example_of(output, i, len(self), self._axes) for i, output in enumerate(self._outputs)]
 
     def __len__(self) -> int:
         return len(self._outputs)
@@ -50,10 +57,10 @@ class BankOutput(Sequence[ModelOutput]):
     def __getattr__(self, name: str) -> list[Any]:
         if name.startswith("_"):  # before `__init__` has run, as for a copy
             raise AttributeError(name)
-        if name not in self._mixing:
-            column = [_row(output.get(name), i, len(self)) for i, output in enumerate(self._outputs)]
-            if any(value is not None for value in column):
-                return column
+        size = len(self)
+        column = [_row(output.get(name), (name,), i, size, self._axes) for i, output in enumerate(self._outputs)]
+        if any(value is not None for value in column):
+            return column
         raise AttributeError(f"no example of this batch has {name!r}; there are {self.fields}")
 
     @property
@@ -65,23 +72,28 @@ class BankOutput(Sequence[ModelOutput]):
         return f"BankOutput({len(self)} examples of {len(set(self.tasks))} tasks, fields {self.fields})"
 
 
-def example_of(output: ModelOutput, example: int, size: int, mixing: Container[str] = ()) -> ModelOutput:
+def example_of(
+    output: ModelOutput, example: int, size: int, axes: Mapping[Path, int | None] | None = None
+) -> ModelOutput:
     """The part of a model's output that belongs to one example; fields that belong to none are left out.
 
     Args:
         output (`ModelOutput`): Of the whole batch.
         example (`int`): Which one.
         size (`int`): Of the batch.
-        mixing (`Container[str]`, *optional*): Fields in which examples come together.
+        axes (`Mapping`, *optional*): See [`BankOutput`].
     """
-    rows = {name: _row(value, example, size) for name, value in output.items() if name not in mixing}
+    rows = {name: _row(value, (name,), example, size, axes or {}) for name, value in output.items()}
     return type(output)(**{name: row for name, row in rows.items() if row is not None})
 
 
-def _row(value: Any, example: int, size: int) -> Any:
+def _row(value: Any, path: Path, example: int, size: int, axes: Mapping[Path, int | None]) -> Any:
     if isinstance(value, torch.Tensor):
-        return value[example] if value.dim() and value.shape[0] == size else None
+        axis = axes.get(path, 0)
+        if axis is None or axis == SHARED or value.dim() <= axis or value.shape[axis] != size:
+            return None
+        return value.select(axis, example)
     if isinstance(value, (tuple, list)):
-        rows = [_row(item, example, size) for item in value]
+        rows = [_row(item, (*path, number), example, size, axes) for number, item in enumerate(value)]
         return None if any(row is None for row in rows) else tuple(rows)
     return None

@@ -2,112 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
 
 from ..errors import TaskBankError
+from ..terms.tasks import MULTIPLE_CHOICE, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
 from ..tuner.head import Labels
-
-if TYPE_CHECKING:
-    from .bank import TaskBank
+from .padding import Padding
+from .task_models import TaskModel
+from .texts import TextEncoder
 
 Prediction: TypeAlias = dict[str, Any] | list[dict[str, Any]]
 
+_SAMPLE = ("Who is it?", "We are.")
 _LONGEST_ANSWER = 30  # tokens
-_NO_LIMIT = 1_000_000  # a tokenizer's `model_max_length` above this says that it does not know
 
 
 def predict(
-    bank: TaskBank,
-    texts: Sequence[str | tuple[str, str]],
+    texts: Sequence[str | Sequence[str]],
     tasks: Sequence[str | None],
+    models: Mapping[str | None, tuple[TaskModel, Labels | None]],
     *,
+    encoder: TextEncoder,
+    run: Callable[..., Sequence[Mapping[str, Any]]],
     batch_size: int,
     progress: bool,
 ) -> list[Prediction]:
-    """See [`TaskBank.predict`]."""
-    texts, tasks = _check(bank, texts, tasks, batch_size)
-    described = {name: bank.describe(name) for name in dict.fromkeys(tasks)}
-    encodings = [_encode(bank, text, described[name][0]) for text, name in zip(texts, tasks, strict=True)]
-    # The longest first: memory is sufficient for all that follow, and what is left of the time is shown truly.
-    order = sorted(range(len(texts)), key=lambda i: -len(encodings[i]["input_ids"]))
+    """See [`TaskBank.predict`].
+
+    Args:
+        texts (`Sequence[str]`), tasks (`Sequence[str]`): As many texts as task names.
+        models (`Mapping`): Model and labels of each task that is named.
+        encoder ([`TextEncoder`]): Makes the inputs of the bank's base.
+        run (`Callable`): The bank: answers an encoded batch, given `tasks`.
+        batch_size (`int`), progress (`bool`): As there.
+    """
+    for name, (model, _) in models.items():
+        _check_takes_text(name, model)
+    paddings = {name: _padding(name, model, encoder, run) for name, (model, _) in models.items()}
+    encodings = [
+        encoder.encode(number, text, question=models[name][0].task is QUESTION_ANSWERING)
+        for number, (text, name) in enumerate(zip(texts, tasks, strict=True))
+    ]
     answers: list[Prediction] = [{} for _ in texts]
-    starts = range(0, len(order), batch_size)
-    for start in tqdm(starts, desc="predict", unit="batch", disable=not progress):
-        chosen = order[start : start + batch_size]
-        features = [
-            {name: encodings[i][name] for name in bank.tokenizer.model_input_names if name in encodings[i]}
-            for i in chosen
-        ]
-        batch = bank.tokenizer.pad(features, return_tensors="pt").to(bank.device)
-        output = bank(**batch, tasks=[tasks[i] for i in chosen])
-        for row, i in enumerate(chosen):
-            mask = batch["attention_mask"][row].bool().cpu()
-            values = {name: _unpadded(value, mask) for name, value in output[row].items()}
-            answers[i] = _decode(values, encodings[i], texts[i], *described[tasks[i]])
+    lengths = [len(encoding["input_ids"]) for encoding in encodings]
+    batches = _batches([paddings[name].side for name in tasks], lengths, batch_size)
+    for side, chosen in tqdm(batches, desc="predict", unit="batch", disable=not progress):
+        batch = encoder.padded([encodings[i] for i in chosen], side=side)
+        output = run(**batch, tasks=[tasks[i] for i in chosen])
+        for answer, i in zip(output, chosen, strict=True):
+            model, labels = models[tasks[i]]
+            values = paddings[tasks[i]].cut(answer, lengths[i])
+            answers[i] = _decode(values, encodings[i], texts[i], model.task, labels)
     return answers
 
 
-def _check(
-    bank: TaskBank, texts: Sequence[Any], tasks: Sequence[Any], batch_size: int
-) -> tuple[list[Any], list[str | None]]:
-    if bank.tokenizer is None:
-        raise TaskBankError("The bank has no tokenizer: make it with one, or pass encoded inputs to `bank(...)`.")
-    if bank.tokenizer.pad_token is None:
-        raise TaskBankError("The tokenizer has no padding token: set one (`tokenizer.pad_token = ...`).")
-    if isinstance(texts, str) or isinstance(tasks, str):
-        raise TaskBankError("`texts` and `tasks` are lists, one name per text.")
-    if len(texts) != len(tasks):
-        raise TaskBankError(f"There are {len(tasks)} task names for {len(texts)} texts; give one each.")
-    if not len(texts):
-        raise TaskBankError("There are no texts: pass at least one and its task.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise TaskBankError(f"`batch_size` is a positive number of texts, got {batch_size!r}.")
-    for text in texts:
-        pair = isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text)
-        if not (isinstance(text, str) or pair):
-            raise TaskBankError(f"A text is a string or a pair of strings, got {text!r:.80}.")
-    return list(texts), list(tasks)
-
-
-def _encode(bank: TaskBank, text: str | Sequence[str], kind: str) -> Mapping[str, Any]:
-    tokenizer = bank.tokenizer
-    parts = (text,) if isinstance(text, str) else tuple(text)
-    question = kind.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple"))
-    if question and len(parts) != 2:
-        raise TaskBankError(f"Question answering takes pairs `(question, context)`, got one text {text!r:.80}.")
-    longest = tokenizer.model_max_length
-    if longest > _NO_LIMIT:
-        longest = bank.max_length
-    return tokenizer(
-        *parts,
-        truncation=("only_second" if question else True) if longest is not None else False,
-        max_length=longest,
-        return_offsets_mapping=tokenizer.is_fast,
-        return_special_tokens_mask=True,
+def _check_takes_text(name: str | None, model: TaskModel) -> None:
+    takes = model.model.main_input_name
+    if model.task is MULTIPLE_CHOICE:
+        takes = "several texts for each example"
+    elif takes == "input_ids":
+        return
+    raise TaskBankError(
+        f"`predict` takes texts, and the task {name!r} is of a {model.name}, which takes {takes}. Pass encoded "
+        "inputs: `bank(**encoded, tasks=[...])`."
     )
 
 
-def _unpadded(value: Any, mask: torch.Tensor) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_unpadded(item, mask) for item in value)
-    value = value.cpu()
-    return value[mask] if value.dim() and value.shape[0] == len(mask) else value
+def _padding(name: str | None, model: TaskModel, encoder: TextEncoder, run: Callable[..., Any]) -> Padding:
+    """What padding does to the answers of a task; tried once for each task model."""
+    if model.padding is None:
+        question = model.task is QUESTION_ANSWERING
+        encoding = encoder.encode(0, _SAMPLE if question else _SAMPLE[0], question=question)
+
+        def answer(length: int | None, side: str | None) -> Mapping[str, Any]:
+            return run(**encoder.padded([encoding], side=side, length=length), tasks=[name])[0]
+
+        preferred, length = encoder.tokenizer.padding_side, len(encoding["input_ids"])
+        model.padding = Padding.of(answer, length, preferred=preferred, room=encoder.longest)
+    return model.padding
+
+
+def _batches(
+    sides: Sequence[str | None], lengths: Sequence[int], batch_size: int
+) -> list[tuple[str | None, list[int]]]:
+    """Which texts run together, padded on which side."""
+    groups: dict[tuple[str | None, int], list[int]] = {}
+    # The longest first: memory is sufficient for all that follow, and what is left of the time is shown truly.
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        groups.setdefault((sides[i], 0 if sides[i] else lengths[i]), []).append(i)
+    return [
+        (side, numbers[start : start + batch_size])
+        for (side, _), numbers in groups.items()
+        for start in range(0, len(numbers), batch_size)
+    ]
 
 
 def _decode(
-    values: dict[str, Any], encoding: Any, text: str | Sequence[str], kind: str, labels: Labels | None
+    values: dict[str, Any], encoding: Any, text: str | Sequence[str], task: Task | None, labels: Labels | None
 ) -> Prediction:
     if "start_logits" in values:
         return _answer(values["start_logits"], values["end_logits"], encoding, text)
     logits = values.get("logits")
     if logits is not None and labels is not None:
-        if kind.endswith("ForTokenClassification"):
+        if task is TOKEN_CLASSIFICATION:
             return _entities(logits, encoding, text, labels)
-        if kind.endswith("ForSequenceClassification"):
+        if task is SEQUENCE_CLASSIFICATION:
             return _classification(logits, labels)
     return values
 
@@ -143,8 +146,6 @@ def _entities(logits: torch.Tensor, encoding: Any, text: Any, labels: Labels) ->
 
 
 def _answer(start: torch.Tensor, end: torch.Tensor, encoding: Any, text: Any) -> dict[str, Any]:
-    if "offset_mapping" not in encoding:
-        raise TaskBankError("Answers are cut out of the text, which takes a fast tokenizer (`use_fast=True`).")
     context = torch.tensor([part == 1 for part in encoding.sequence_ids()])
     # As in transformers' pipeline: probabilities over the context alone, and the likeliest span that runs forward.
     first, last = (logits.float().masked_fill(~context, -torch.inf).softmax(-1) for logits in (start, end))

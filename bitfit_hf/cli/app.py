@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import CheckpointError, Command, CommandLine, OutputError, emit
+from ..errors import CheckpointError, OutputError
+from .console import Command, CommandLine, emit
 
 if TYPE_CHECKING:
-    from ..delta import BiasDelta
+    from ..delta.value import BiasDelta
 
 app = typer.Typer(
     name="bitfit",
@@ -164,7 +165,7 @@ def merge(
     """
     from peft import PeftModel
 
-    from ..fingerprint import base_mismatch
+    from ..storage.fingerprint import base_mismatch
     from .checkpoints import copy_preprocessing, new_folder, preprocessing_folder
 
     with new_folder(output, force=force) as folder:
@@ -204,7 +205,7 @@ def extract(
       bitfit extract bert-base-uncased ./their-bitfit-rte -o rte
       bitfit extract ./bert-copy ./tuned -o rte --base-model bert-base-uncased
     """
-    from ..delta import BiasDelta
+    from ..delta.value import BiasDelta
     from .checkpoints import check_output, is_local, load_model, model_class, read_model_config
 
     output = check_output(output, force=force)
@@ -254,7 +255,7 @@ def export(
       bitfit export user/bert-base-rte-bitfit --stock -o rte-lora
       bitfit export ./rte --stock --base ./bert -o rte-lora
     """
-    from ..stock import export_stock
+    from ..delta.lora_export import export_stock
     from .checkpoints import new_folder
 
     if not stock:
@@ -293,7 +294,7 @@ def push(
       bitfit push ./rte user/rte --base-model bert-base-uncased --private
     """
     from ..errors import DeltaNotFoundError
-    from ..hub import push_to_hub
+    from ..hub.push import push_to_hub
 
     if not folder.is_dir():
         raise DeltaNotFoundError(f"There is no folder {folder}.")
@@ -335,7 +336,8 @@ def plot(
       bitfit plot user/bert-base-rte-bitfit -o rte.png
       bitfit plot ./rte -o rte.pdf --title RTE
     """
-    from ..analysis import UNIT, bias_change, plot_bias_change
+    from ..analysis import UNIT, bias_change
+    from ..plot import plot_bias_change
 
     if output.suffix.lower() not in _PICTURES:
         raise OutputError(f"{output} has to end in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}.")
@@ -349,8 +351,8 @@ def plot(
 
 def _read(name: str, revision: str | None, token: str | None) -> tuple[BiasDelta, Path]:
     """A delta, and the local folder of its files."""
-    from ..delta import BiasDelta
-    from ..fetch import fetch_delta
+    from ..delta.value import BiasDelta
+    from ..storage.fetch import fetch_delta
 
     folder = fetch_delta(name, revision=revision, token=token)
     return BiasDelta.from_folder(folder, where=name), folder

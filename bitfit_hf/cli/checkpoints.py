@@ -17,10 +17,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..config import BitFitConfig
-from ..contents import TOKENIZER_FILES
-from ..files import CARD_FILE, CONFIG_FILE
-from ..stock import _AUTO_CLASSES as AUTO_CLASSES
-from .console import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError
+from ..hub.contents import TOKENIZER_FILES
+from ..storage.files import CARD_FILE, CONFIG_FILE
+from ..terms.tasks import BY_PEFT_NAME
 
 MODEL_CONFIG = "config.json"
 
@@ -92,12 +92,12 @@ def model_class(
     Raises:
         [`CheckpointError`]: There is no such class.
     """
-    if task_type is not None and task_type not in AUTO_CLASSES:
-        raise CheckpointError(f"--task-type {task_type!r} is not one of {', '.join(AUTO_CLASSES)}.")
+    if task_type is not None and task_type not in BY_PEFT_NAME:
+        raise CheckpointError(f"--task-type {task_type!r} is not one of {', '.join(BY_PEFT_NAME)}.")
     mapping: Any = delta.auto_mapping if delta is not None and isinstance(delta.auto_mapping, Mapping) else {}
     task = task_type or (delta.task_type if delta is not None else None)
-    if task in AUTO_CLASSES:
-        return getattr(transformers, AUTO_CLASSES[task])
+    if task in BY_PEFT_NAME:
+        return getattr(transformers, BY_PEFT_NAME[task].auto_class)
     name = mapping.get("base_model_class") or next(iter(config.architectures or []), None)
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):

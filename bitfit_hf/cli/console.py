@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,10 +11,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
-from huggingface_hub.errors import HFValidationError
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import BitFitError
+from .text import one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,19 +27,12 @@ _CHATTY = ("transformers", "huggingface_hub", "peft", "accelerate")
 _PIPED_WIDTH = 120
 
 
-class CheckpointError(BitFitError, ValueError):
-    """A base model or tuned model that was named on the command line cannot be used."""
-
-
-class OutputError(BitFitError, OSError):
-    """The result cannot be put where the command line says."""
-
-
 class Command(TyperCommand):
     """A command during which libraries print nothing of their own."""
 
     def invoke(self, ctx: Any) -> Any:
         with quiet():
+            complete_import()
             return super().invoke(ctx)
 
 
@@ -60,10 +52,20 @@ class CommandLine(TyperGroup):
             _fail_usage(error)
         except BrokenPipeError:
             raise  # the reader of a pipe had enough; typer ends quietly
-        except (BitFitError, OSError, HFValidationError) as error:
-            if ctx.params["debug"]:
+        except Exception as error:
+            if ctx.params["debug"] or not _is_users_mistake(error):
                 raise
             fail(str(error))
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    if isinstance(error, (BitFitError, OSError)):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    from huggingface_hub.errors import HFValidationError  # takes longer to import than all the rest of a usage error
+
+    return isinstance(error, HFValidationError)
 
 
 def _fail_usage(error: Any) -> NoReturn:
@@ -77,16 +79,9 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def one_line(message: str) -> str:
-    """Puts a message of several lines, with or without a list in it, on one."""
-    joined = re.sub(r"[:.]\n\s*- ", ": ", message)  # where a list begins
-    joined = re.sub(r"\n\s*- ", "; ", joined)
-    return printable(" ".join(joined.split()))
-
-
-def printable(text: object) -> str:
-    """`text` without control characters: names come from files, and a terminal obeys what it is sent."""
-    return "".join(char if char.isprintable() else "�" for char in str(text))
+def complete_import() -> None:
+    """Imports what `import bitfit_hf` imports, and registers the method with PEFT."""
+    from bitfit_hf import BitFitConfig  # noqa: F401  # any of its names will do
 
 
 @contextmanager

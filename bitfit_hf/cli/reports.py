@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ..analysis import bias_change, pieces, term_counts
-from ..delta import BiasDelta
+from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
-from ..files import CARD_FILE
+from ..storage.files import CARD_FILE
 from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, part_tensors, select_biases, unknown_vectors
 from ..tuner.plan import num_base_parameters
 

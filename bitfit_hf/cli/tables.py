@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from .console import printable
+from .text import printable
 
 _SHOWN = 12  # entries of a long list
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from .layouts import Layout
+from .fused import Layout
 
 _Entry = TypeVar("_Entry")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .families import STACKS, TORCH_LAYERS, family_of
+from .architectures import STACKS, TORCH_LAYERS, family_of
 from .family import Family, lookup
-from .layouts import Spans, thirds
+from .fused import Spans, thirds
 from .structure import (
     MULTIHEAD,
     NORM,

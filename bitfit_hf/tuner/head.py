@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
-from ..sharding import gathered
 from .mixed import BASE, MixedBatch
 from .precision import Float32ModuleDict
 
@@ -74,8 +74,9 @@ class BitFitHead(ModulesToSaveWrapper):
         self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None, in_the_middle: bool = False
     ) -> None:
         self._in_the_middle = in_the_middle
-        self._labels: dict[str, Labels] = {}
-        self._label_owner: tuple[PreTrainedModel, Labels] | None = None
+        self._labels: dict[str | None, Labels] = {}  # by adapter; those of the stock model under `None`
+        self._shown: str | None = None  # the adapter whose labels the model's config holds at present
+        self._label_owner: tuple[PreTrainedModel] | None = None
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
         super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
@@ -104,8 +105,8 @@ class BitFitHead(ModulesToSaveWrapper):
             del self.modules_to_save[adapter_name]
         self._adapters.discard(adapter_name)
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
-        self._labels.pop(adapter_name, None)
         self._follow()
+        self._labels.pop(adapter_name, None)
 
     @property
     def device_of_base(self) -> torch.device:
@@ -146,22 +147,30 @@ class BitFitHead(ModulesToSaveWrapper):
         """
         if self._label_owner is None:
             # In a tuple, so that `nn.Module` does not register the model as a child of its own head.
-            self._label_owner = (model, Labels.of(model))
+            self._label_owner = (model,)
+            self._labels[None] = Labels.of(model)
         self._labels[adapter_name] = labels
         self._follow()
 
-    def labels_of(self, adapter_name: str) -> Labels | None:
-        """The labels of one adapter, if this leaf carries them."""
+    def labels_of(self, adapter_name: str | None) -> Labels | None:
+        """The labels of one adapter as they are now, if this leaf carries them; `None` asks for the stock model's."""
+        self._take_in()
         return self._labels.get(adapter_name)
+
+    def _take_in(self) -> None:
+        # The user may have changed the names meanwhile, and transformers settles the problem type in the first batch.
+        if self._label_owner is not None:
+            self._labels[self._shown] = Labels.of(self._label_owner[0])
 
     def _follow(self) -> None:
         if self._label_owner is None:
             return
-        model, own = self._label_owner
+        self._take_in()
         active = [] if self.disable_adapters else self.active_adapters
-        labels = self._labels.get(active[0], own) if active else own
-        if Labels.of(model) != labels:
-            labels.give_to(model)
+        wanted = active[0] if active and active[0] in self._labels else None
+        if wanted != self._shown:
+            self._shown = wanted
+            self._labels[wanted].give_to(self._label_owner[0])
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """PEFT's hook: which of the adapters to activate; raises [`AdapterNameError`] where there are several."""
@@ -184,8 +193,8 @@ class BitFitHead(ModulesToSaveWrapper):
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         super().delete_adapter(adapter_name, new_active_adapters)
-        self._labels.pop(adapter_name, None)
         self._follow()
+        self._labels.pop(adapter_name, None)
 
     # --- forward ---
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..backends.sharded import gathered, is_sharded, lent
 from ..errors import UnsupportedLayerError
-from ..sharding import gathered, is_sharded, lent
 from ..terms.structure import HOLDER
 from .head import BitFitHead
 from .reading import install, stock_class, uninstall

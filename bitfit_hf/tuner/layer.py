@@ -12,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..backends.sharded import is_sharded, lent
 from ..errors import MergeError, UnsupportedLayerError
-from ..sharding import is_sharded, lent
 from ..terms import Bias
+from ..terms.base_bias import add_deltas, base_bias, forget, kept_bias, put_back, write_over
 from .mixed import BASE, MixedBatch, pick_rows
 from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
@@ -50,7 +51,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, Float32ParameterDict())
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._stored: dict[str, torch.Tensor | None] = {}  # the base's biases while adapters are merged into them
         # Layer and name of the biases that are the same Parameter as this layer's, which are merged there.
         self._tied: dict[str, tuple[BitFitLayer, str]] = {}
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
@@ -161,7 +161,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         if parameter in self._tied:
             owner, owners_parameter = self._tied[parameter]
             return owner.base_bias(owners_parameter)
-        return self._stored[parameter] if parameter in self._stored else self._stored_bias(parameter)
+        return base_bias(self.base_layer, parameter)
 
     @property
     def device_of_base(self) -> torch.device:
@@ -203,7 +203,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         if base is not None and (base.is_meta or is_sharded(base)):
             return base  # offloaded or in slices; what looks at it now is the machinery that is about to fetch it
         if self._disable_adapters and self.merged_adapters:
-            return self.base_bias(parameter)
+            owner, owners_parameter = self._tied.get(parameter, (self, parameter))
+            return kept_bias(owner.base_layer, owners_parameter)
         deltas = self._deltas(parameter)
         names = [name for name in self._in_use if name in deltas]
         if not names:
@@ -211,23 +212,13 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         return self._sum(parameter, base, names)
 
     def _sum(self, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> torch.Tensor:
-        deltas = self._deltas(parameter)
-        if base is None:
-            dtype = _compute_dtype(self.base_layer)
-            total = None
-        else:
-            dtype = base.dtype
-            total = base if dtype == torch.float32 else base.to(torch.promote_types(dtype, torch.float32))
-        for name in names:
-            delta, index = lent(deltas[name], self.base_layer), self._index(parameter, name)
-            if index is not None:
-                if total is None:
-                    total = torch.zeros(_out_features(self.base_layer), dtype=torch.float32, device=delta.device)
-                total = total.flatten().index_add(0, index, delta.to(total.dtype)).view_as(total)
-            else:
-                total = delta if total is None else total + delta
-        assert total is not None  # `names` is never empty
-        return total if total.dtype == dtype else total.to(dtype)
+        deltas, layer = self._deltas(parameter), self.base_layer
+        return add_deltas(
+            base,
+            [(lent(deltas[name], layer), self._index(parameter, name)) for name in names],
+            dtype=_compute_dtype(layer) if base is None else base.dtype,
+            shape=() if base is not None else (_out_features(layer),),
+        )
 
     # --- forward ---
 
@@ -322,15 +313,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         """
         names = self._to_merge(adapter_names)
         for parameter, value in self.merged_biases(names, safe_merge=safe_merge).items():
-            stored = self._stored_bias(parameter)
-            if parameter in self._tied:
-                continue
-            if parameter not in self._stored:
-                self._stored[parameter] = None if stored is None else stored.detach().clone()
-            if stored is None:
-                self.base_layer._parameters[parameter] = nn.Parameter(value, requires_grad=False)
-            else:
-                stored.data.copy_(value)
+            if parameter not in self._tied:
+                write_over(self.base_layer, parameter, value)
         self.merged_adapters.extend(names)
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
@@ -369,12 +353,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for parameter, value in self._stored.items():
-            if value is None:
-                self.base_layer._parameters[parameter] = None
-            else:
-                self._stored_bias(parameter).data.copy_(value)  # type: ignore[union-attr]
-        self._stored.clear()
+        for parameter in self.bias_parameters:
+            put_back(self.base_layer, parameter)
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -383,6 +363,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         """PEFT's hook for taking the layer out of the model: returns the stock layer, merged if asked for."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            for parameter in self.bias_parameters:
+                forget(self.base_layer, parameter)
         elif self.merged:
             self.unmerge()
         uninstall(self.base_layer, self.bias_parameters)

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..config import BitFitConfig
 from ..errors import DeltaFormatError
-from ..fetch import fetch_delta
-from ..files import check_digest, check_values, read_pair
+from ..storage.fetch import fetch_delta
+from ..storage.files import check_digest, check_values, read_pair
+from ..storage.fingerprint import check_base
 
 # The frames between the tuner and a way of loading: the tuner's, and the constructors of PEFT's wrappers.
 _MAX_DEPTH = 10
@@ -71,6 +73,29 @@ class Loading:
             vars(config).update(vars(BitFitConfig.from_peft_type(**values)), inference_mode=inference_mode)
         check_digest(tensors, config.weights_digest, where=where)
         return tensors
+
+    def check_again(self, model: nn.Module) -> str | None:
+        """Checks files whose tensors are about to go into an adapter that is there already.
+
+        PEFT reads no configuration then, and the adapter's own says what base it was made on, not what base the
+        tensors were trained on.
+
+        Args:
+            model (`nn.Module`): With the adapter injected.
+
+        Returns:
+            `str`: The digest that the tensors need to have, where the file names one.
+
+        Raises:
+            [`BaseModelMismatchError`]: The tensors were trained on another base than the model's.
+            [`DeltaNotFoundError`], [`DeltaFormatError`], [`DeltaIOError`]: The files cannot be used.
+        """
+        if self.tensors is not None:
+            return None
+        values, _ = read_pair(self._folder())
+        config = BitFitConfig.from_values(values, where=str(self.path_or_repo))
+        check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+        return config.weights_digest
 
     def _folder(self) -> Path:
         assert self.path_or_repo is not None

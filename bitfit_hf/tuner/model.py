@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backends.quantized import keep_trainable
+from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, MixedBatchError
-from ..files import KEY_PREFIX
-from ..quantised import keep_trainable
-from ..sharding import gathered
+from ..storage.files import KEY_PREFIX
 from ..terms import Bias
 from ..terms.structure import HOLDER, stock_module
 from .head import BitFitHead
@@ -27,7 +27,7 @@ from .loading import loading_in_progress
 from .merging import prepare_merge
 from .mixed import MixedBatch, check_adapter_names, check_number, sequences_per_example
 from .plan import Plan, make_plan
-from .quantised_layer import BitsAndBytesLayer, is_bitsandbytes
+from .quantized_layer import BitsAndBytesLayer, is_bitsandbytes
 from .state import (
     StrictLoader,
     delta_parameters,
@@ -35,6 +35,7 @@ from .state import (
     head_leaves,
     head_tensors,
     load_tensors,
+    read_labels,
     remove_adapter,
     stock_path,
     take_out,
@@ -278,7 +279,9 @@ class BitFitModel(BaseTuner):
                 raise DeltaMismatchError(
                     f"The adapters {adapters[0]!r} and {name!r} tune different biases; their deltas cannot be added."
                 )
-        config: Any = copy.deepcopy(self.peft_config[adapters[0]])
+        first: Any = self.peft_config[adapters[0]]
+        read_labels(self.model, adapters[0], first)
+        config = copy.deepcopy(first)
         config.new()
         self.peft_config[adapter_name] = config
         try:
@@ -354,6 +357,7 @@ class BitFitModel(BaseTuner):
             live = next(key for key in (f"{KEY_PREFIX}{place}", place) if _has(state_dict, key))
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
             saved |= {stock_path(f"{path}.{k}"): v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
+        read_labels(model, adapter_name, config)
         config.about_to_save(saved)
         return deltas
 
@@ -372,8 +376,10 @@ class BitFitModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT's route: the one place that sees the tensors of a file. They are written here, since PEFT would drop
         # what does not fit in silence; it then gets the tensors that are in the model already.
+        loading = None if config.pending else loading_in_progress()
         try:
-            load_tensors(model, adapter_name, state_dict, expected_digest=config.weights_digest)
+            expected = config.weights_digest if loading is None else loading.check_again(model)
+            load_tensors(model, adapter_name, state_dict, expected_digest=expected)
         except BaseException:
             if config.pending:  # not a reload into an adapter that was here before
                 remove_adapter(model, adapter_name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -17,10 +16,10 @@ from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
 from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
-from ..files import KEY_PREFIX
-from ..fingerprint import check_base, fingerprint
-from ..layout import encode_layout
-from ..pinning import base_commit
+from ..storage.base_commit import base_commit
+from ..storage.bias_layout import encode_layout
+from ..storage.files import KEY_PREFIX
+from ..storage.fingerprint import check_base, fingerprint
 from ..terms import (
     PEFT_NAMES,
     Bias,
@@ -32,22 +31,15 @@ from ..terms import (
     part_tensors,
     select_biases,
 )
+from ..terms.base_bias import overwritten
 from ..terms.structure import stock_root, walk
+from ..terms.tasks import library_class, peft_task_type
 from .head import BitFitHead, Labels, float32_copy, output_size
 from .layer import PREFIX, BitFitLayer
 from .reading import owners
-from .state import check_fit
+from .state import check_fit, head_leaves, is_bitfit
 
 logger = logging.getLogger(__name__)
-
-# PEFT's task types by how the names of transformers' classes end.
-_TASK_TYPES = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-}
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,9 @@ def make_plan(
     """
     _check_name(model, adapter_name)
     _check_head(model, config)
-    check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+    _check_not_applied(model)
+    if config.pending or config.base_fingerprint is not None:  # a new adapter takes the base's below
+        check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
     head, biases = _selection(model, config, config.modules_to_save)
     if config.pending:
         if config.bias_layout:  # what was tuned, whatever this version would choose
@@ -233,6 +227,17 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
         )
 
 
+def _check_not_applied(model: nn.Module) -> None:
+    """An adapter on top of an applied delta would be one for a base that exists nowhere else."""
+    if not is_bitfit(model) and next(overwritten(model), None) is not None:
+        raise UnsupportedLayerError(
+            f"A delta is written into the biases of this {type(model).__name__} (`load_delta`, `apply_`), so an "
+            "adapter that is trained on it would fit no checkpoint. Take the delta out (`delta.remove_(model)`) or "
+            "load the base again. To train on, load the delta as an adapter: `PeftModel.from_pretrained(base, "
+            "delta, is_trainable=True)`. To keep it for good, save the model and load that as a new base."
+        )
+
+
 def _restrict(biases: list[Bias], only: Mapping[str, torch.Tensor]) -> list[Bias]:
     keys = {key.removeprefix(KEY_PREFIX) for key in only}
     kept = [bias for bias in biases if f"{bias.module}.{PREFIX}{bias.parameter}" in keys]
@@ -290,14 +295,13 @@ def _labels(model: nn.Module, config: BitFitConfig, head: list[str]) -> tuple[La
     if not head or not isinstance(model, PreTrainedModel) or not getattr(model.config, "id2label", None):
         return None, None
     own = Labels.of(model)
-    labels = own
-    if config.num_labels is not None:
-        names = config.id2label or (
-            own.id2label
-            if config.num_labels == own.num_labels
-            else {index: f"LABEL_{index}" for index in range(config.num_labels)}
-        )
-        labels = Labels(config.num_labels, names, config.problem_type or own.problem_type)
+    number = own.num_labels if config.num_labels is None else config.num_labels
+    names = config.id2label or (
+        own.id2label if number == own.num_labels else {index: f"LABEL_{index}" for index in range(number)}
+    )
+    # Another adapter's first batch may have settled the problem type that the model has at present.
+    stock = next((found for _, leaf in head_leaves(model) if (found := leaf.labels_of(None)) is not None), own)
+    labels = Labels(number, names, config.problem_type or stock.problem_type)
     modules = dict(model.named_modules())
     sizes = {path: _sizes(modules[path]) for path in head if path in modules}
     logits = next((path for path in reversed(sizes) if own.num_labels in sizes[path]), None)
@@ -335,13 +339,11 @@ def _values(
         name = config.base_model_name_or_path or values["base_model_name_or_path"]
         values["revision"] = base_commit(name, config.base_fingerprint or values["base_fingerprint"])
     if config.task_type is None and isinstance(model, PreTrainedModel):
-        values["task_type"] = _task_type(model)
-        if values["task_type"] is None and config.auto_mapping is None:
-            # For AutoPeftModel, which needs one or the other.
-            values["auto_mapping"] = {
-                "base_model_class": type(model).__name__,
-                "parent_library": type(model).__module__,
-            }
+        values["task_type"] = peft_task_type(model)
+    if config.auto_mapping is None and isinstance(model, PreTrainedModel):
+        # PEFT's place for the class that was trained; it fills it in only where there is no `task_type`.
+        cls = library_class(type(model))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
 
 
@@ -361,18 +363,3 @@ def _numel(parameter: torch.Tensor) -> int:
     if type(parameter).__name__ == "Params4bit":
         return parameter.numel() * parameter.element_size() * 2
     return parameter.numel() or getattr(parameter, "ds_numel", 0)
-
-
-def _task_type(model: PreTrainedModel) -> str | None:
-    name = type(model).__name__
-    accepted = set(inspect.signature(type(model).forward).parameters)
-    # PEFT's wrappers for the task types hand these on to any model, also to one that knows nothing of them (Wav2Vec2,
-    # CLIP, Tapas). Its plain wrapper hands on what it gets.
-    if not {"input_ids", "inputs_embeds"} <= accepted:
-        return None
-    for ending, task_type in _TASK_TYPES.items():
-        if name.endswith(ending):
-            return None if task_type == "QUESTION_ANS" and "start_positions" not in accepted else task_type
-    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    return "FEATURE_EXTRACTION" if name.endswith("Model") else None

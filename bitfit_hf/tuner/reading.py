@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..sharding import is_lent
+from ..backends.sharded import is_lent
 
 
 class BiasOwner(Protocol):

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backends.sharded import put_back, write_whole
+from ..config import BitFitConfig
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
-from ..files import KEY_PREFIX, check_digest, check_values
-from ..sharding import put_back, write_whole
+from ..storage.files import KEY_PREFIX, check_digest, check_values
 from ..terms.structure import HOLDER, stock_root
 from .head import BitFitHead
 from .head_parameter import VALUE, HeadParameter
@@ -68,6 +69,18 @@ def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]
         if adapter_name in leaf.modules_to_save
         for name, tensor in leaf.modules_to_save[adapter_name].state_dict(keep_vars=True).items()
     }
+
+
+def read_labels(model: nn.Module, adapter_name: str, config: BitFitConfig) -> None:
+    """Takes an adapter's labels, as they are now, into its configuration: called before that is saved or copied.
+
+    Raises:
+        [`ConfigError`]: The model's config holds labels that no head of this size could be loaded with.
+    """
+    for _, leaf in head_leaves(model):
+        labels = leaf.labels_of(adapter_name)
+        if labels is not None:
+            config.set_labels(labels.num_labels, labels.id2label, labels.problem_type, adapter_name=adapter_name)
 
 
 def check_fit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *, where: str) -> None:
@@ -203,7 +216,7 @@ class StrictLoader:
     def __call__(self, model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **kwargs: Any) -> Any:
         from transformers.utils.loading_report import LoadStateDictInfo
 
-        from ..files import read_tensors
+        from ..storage.files import read_tensors
 
         vars(model).pop("_load_pretrained_model", None)
         if next(reversed(model.peft_config)) != self.adapter_name:

@@ -1,1 +1,1 @@
-"""The parts of `recipes/benchmark.py`, and the benchmark of serving."""
+"""What a training step and serving cost beside their peers: `training.py` and `serving.py`, and their parts."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitfit_hf.files import write_bytes
+from bitfit_hf.storage.files import write_bytes
 
 from .systems import FULL, REFERENCE, SYSTEMS
 
@@ -47,12 +47,13 @@ def render(folder: Path) -> list[Path]:
 
 _INTRODUCTION = f"""# What a training step costs
 
-Made by `recipes/benchmark.py` from the JSON files beside this page; do not edit. All systems take their steps in turn,
-round after round. *Time* is the median over the rounds of a system's step time divided by that of *{REFERENCE}* in
-the same round; ± is half the distance between the quartiles, and differences below it are noise. *Kept* is what the
-forward pass leaves in memory for the backward pass. *Peak* is the most memory that a step takes, weights included: of
-a GPU's allocator, or on a CPU of a process of its own. *Sent* is what data-parallel training exchanges per step: the
-gradients. *Load* puts a task from disk onto a base that is in memory, *switch* changes between two tasks in memory.
+Made by `recipes/benchmarks/training.py` from the JSON files beside this page; do not edit. All systems take their
+steps in turn, round after round. *Time* is the median over the rounds of a system's step time divided by that of
+*{REFERENCE}* in the same round; ± is half the distance between the quartiles, and differences below it are noise.
+*Kept* is what the forward pass leaves in memory for the backward pass. *Peak* is the most memory that a step takes,
+weights included: of a GPU's allocator, or on a CPU of a process of its own. *Sent* is what data-parallel training
+exchanges per step: the gradients. *Load* puts a task from disk onto a base that is in memory, *switch* changes between
+two tasks in memory.
 """
 
 _COLUMNS = (

@@ -43,7 +43,7 @@ class Context:
         kind = "table" if study.startswith("table") else "figure" if study.startswith("figure") else "study"
         words = [
             "python",
-            "recipes/reproduce.py",
+            "recipes/reproduction/reproduce.py",
             f"--{kind}",
             study.removeprefix(kind),
             "--config",

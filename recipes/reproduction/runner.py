@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bitfit_hf.analysis import BiasChange, bias_change
-from bitfit_hf.files import CONFIG_FILE
+from bitfit_hf.storage.files import CONFIG_FILE
 
 from .aggregate import missing_runs
 from .cost import CostModel

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bitfit_hf.analysis import BiasChange, BiasChangeRow
-from bitfit_hf.files import write_bytes
+from bitfit_hf.storage.files import write_bytes
 
 from .plan import Run
 from .studies import SCORES
@@ -39,7 +39,7 @@ class StoredRun:
     Args:
         id (`str`): The run's, which is also the file's name.
         spec (`dict[str, Any]`): What was asked for, see [`Run.spec`].
-        record (`dict[str, Any]`): The recipe's `run.json`, a [`study.record.RunRecord`].
+        record (`dict[str, Any]`): The recipe's `run.json`, a [`common.record.RunRecord`].
         wall_seconds (`float`): Of the whole run, with loading and evaluations: what a further one will take.
         bias_change (`list[dict[str, Any]]`): Rows of [`bitfit_hf.bias_change`]; empty for other methods than BitFit.
     """
@@ -57,7 +57,12 @@ class StoredRun:
     def to_json(self) -> bytes:
         """The file's content."""
         values = {"format": FORMAT, **asdict(self)}
-        return (json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        rows = values.pop("bias_change")
+        others = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False).removeprefix("{\n")
+        # A line for each row of the figure: they are most of a file, and differ as a whole.
+        lines = ",\n".join(f"  {json.dumps(row, sort_keys=True, ensure_ascii=False)}" for row in rows)
+        figure = f"[\n{lines}\n ]" if rows else "[]"
+        return f'{{\n "bias_change": {figure},\n{others}\n'.encode()
 
     @classmethod
     def from_json(cls, data: bytes, run_id: str) -> StoredRun:

@@ -1,0 +1,5 @@
+"""`python -m bitfit_hf.cli`, and `accelerate launch -m bitfit_hf.cli` for several processes."""
+
+from .app import app
+
+app(prog_name="bitfit")
