@@ -35,6 +35,11 @@ def uninstall(layer: nn.Module) -> None:
     layer.__dict__.pop("_bitfit_owner", None)
 
 
+def owner_of(layer: nn.Module) -> BiasOwner | None:
+    """What holds the deltas of a layer; `None` for a layer that is not tuned."""
+    return vars(layer).get("_bitfit_owner", (None,))[0]
+
+
 def stock_class(layer: nn.Module) -> type[nn.Module]:
     """The class of `layer` as its model defines it."""
     return getattr(type(layer), "_bitfit_stock_class", type(layer))
