@@ -341,7 +341,9 @@ class _State:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._layers = [(layer, tuple(layer.adapters_in_use), list(layer.merged_adapters)) for layer in _tuned(*modules)]
+        self._layers = [
+            (layer, tuple(layer.adapters_in_use), list(layer.merged_adapters)) for layer in _tuned(*modules)
+        ]
         self._trained = [(p, p._version) for module in modules for p in module.parameters() if p.requires_grad]
 
     def restored(self) -> ExitStack:
