@@ -112,16 +112,12 @@ class BankedLayer:
         device, site, shape = x.device, self._site, x.shape
         each = batch.rows_each(shape[0], self._title) * shape[1:-1].numel()
         tokens = each * batch.size
-        small = tokens * site.size <= _SMALL_OUTPUT
-        if small and site.held is not None:
+        if site.held is not None and tokens * site.size <= _SMALL_OUTPUT:
             start = site.table.index_select(0, batch.table_rows(site.number, device, each))
         else:
             rows = batch.table_rows(site.number, device)
             biases = site.effective_rows(rows, self._layer._parameters["bias"], x.dtype)
-            if small:
-                start = batch.repeated(biases, each)
-            else:
-                start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
+            start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
         matrix = weight.t() if self._stock is nn.Linear else weight
         return start.addmm_(x.reshape(tokens, -1), matrix).view(*shape[:-1], site.size)
 
@@ -129,8 +125,8 @@ class BankedLayer:
         """Adds each example's delta to what the layer has computed."""
         assert self.batch_axis is not None
         assert self.channel_axis is not None
-        rows = self._site.delta_rows(batch.table_rows(self._site.number, result.device))
-        rows = batch.repeated(rows, batch.rows_each(result.shape[self.batch_axis], self._title))
+        each = batch.rows_each(result.shape[self.batch_axis], self._title)
+        rows = self._site.delta_rows(batch.table_rows(self._site.number, result.device, each))
         shape = [1] * result.dim()
         shape[self.batch_axis], shape[self.channel_axis] = rows.shape
         return result.add_(rows.view(shape))
