@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,9 +12,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, TaskType
 
-from .errors import BitFitError, ConfigError, DeltaFormatError, collect
+from .errors import BitFitError, ConfigError, DeltaFormatError, DeltaMismatchError, collect
+from .storage.bias_layout import decode_layout
 from .storage.files import digest
-from .terms import SavedNames, resolve_terms
+from .terms import Bias, SavedNames, resolve_terms
+from .terms.selection import ALL_LINEAR, fits
+from .terms.tasks import BY_PEFT_NAME
 from .training_run import TrainingRun
 
 
@@ -74,6 +78,7 @@ class BitFitConfig(PeftConfig):
     Raises:
         [`UnknownTermError`]: `bias_terms` names a term that does not exist.
         [`ConfigError`]: A value has the wrong type; all such values are named at once.
+        [`DeltaFormatError`], [`DeltaMismatchError`]: `bias_layout` is damaged, or contradicts the other values.
 
     Example:
 
@@ -150,6 +155,47 @@ class BitFitConfig(PeftConfig):
         # Facts that were read together with tensors speak of those tensors and no others.
         self._facts_of = None if self.weights_digest is None else (self.run, self.weights_digest)
         self._size_of_last_state: int | None = None
+        if self.bias_layout:
+            self.settle_task()
+            self._check_choice(decode_layout(self.bias_layout))
+
+    def settle_task(self) -> None:
+        """A trained delta without a head, a difference of two say, is of no task that has one.
+
+        PEFT's wrapper for such a task would train and save the model's own head.
+        """
+        task = BY_PEFT_NAME.get(str(getattr(self.task_type, "value", self.task_type)))
+        if not self.modules_to_save and task is not None and task.new_head:
+            self.task_type = None
+
+    def check_layout_known(self, *, where: str) -> None:
+        """Raises [`DeltaFormatError`] where a configuration of a trained delta does not say what was tuned."""
+        if not self.bias_layout:
+            raise DeltaFormatError(f"{where}: adapter_config.json has no `bias_layout`; save the delta again.")
+
+    def _check_choice(self, biases: Sequence[Bias]) -> None:
+        """A file whose layout holds what its choice leaves out contradicts itself, whatever the model."""
+        terms, chosen = resolve_terms(self.bias_terms), self.layers_to_transform
+        layers = [chosen] if isinstance(chosen, int) else chosen
+        problems = []
+        for bias in biases:
+            places = [bias.module, *(alias.rpartition(".")[0] for alias in bias.aliases)]
+            if bias.term not in terms:
+                problems.append(f"{bias.name} ({bias.term}) is not expected with bias_terms={self.bias_terms!r}")
+            if layers is not None and bias.layer not in layers:
+                problems.append(f"{bias.name} is not expected with layers_to_transform={chosen!r}")
+            if self.target_modules is not None and not _any_fits(places, self.target_modules, unknown=True):
+                problems.append(f"{bias.name} is not expected with target_modules={self.target_modules!r}")
+            if self.exclude_modules is not None and _any_fits(places, self.exclude_modules, unknown=False):
+                problems.append(f"{bias.name} is not expected with exclude_modules={self.exclude_modules!r}")
+            if not bias.exists and not self.add_missing_biases:
+                problems.append(f"{bias.name} is not in the base, which is not expected with add_missing_biases=False")
+        if problems:
+            raise DeltaMismatchError(
+                f"BitFitConfig (adapter_config.json) contradicts itself: `bias_layout` says that more was tuned than "
+                f"was chosen.{collect(problems)}\nSave or fetch the delta again. For a new adapter start from a fresh "
+                "BitFitConfig."
+            )
 
     def _check_labels(self) -> None:
         if self.id2label is None:
@@ -298,6 +344,12 @@ def run_after_save(folder: str | os.PathLike[str], config: BitFitConfig, delta: 
         hook(folder, config, delta)
 
 
+def _any_fits(paths: Sequence[str], names: str | Sequence[str], *, unknown: bool) -> bool:
+    if names == ALL_LINEAR:
+        return unknown  # a path does not say what kind of layer is there
+    return any(fits(path, names) for path in paths)
+
+
 def _check_numbers(num_labels: int, id2label: Mapping[int, str]) -> None:
     if not id2label or len(id2label) != num_labels or id2label.keys() != set(range(num_labels)):
         raise ConfigError(
@@ -336,7 +388,14 @@ def _is_label_map(value: Any) -> bool:
     )
 
 
-_NAMES = _kind("a string (a regular expression) or a list of strings", lambda v: isinstance(v, str) or _strings(v))
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+_NAMES = _kind("a string (a regular expression) or a list of strings", lambda v: _is_pattern(v) or _strings(v))
 _TEXT = _kind("a string", lambda v: isinstance(v, str))
 _MAX_LABELS = 1_000_000  # a file must not make the model build a head that no memory holds
 _CHECKS: dict[str, Callable[[str, Any], str | None]] = {

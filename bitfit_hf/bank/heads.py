@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..tuner.nested import rows_of
+from ..tuner.nested import rebuild, rows_of, tensors
 from ..tuner.reading import install
 from .batch import Batch, current
 from .intercept import intercept
@@ -28,11 +29,11 @@ def run_head_of_each_task(path: str, leaf: nn.Module) -> None:
     small = type(leaf) is nn.Linear and leaf.weight.numel() <= _SMALL_WEIGHT
 
     def run(batch: Batch, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(_float32, args)), {name: _float32(value) for name, value in kwargs.items()}
+        args, kwargs = rebuild((args, kwargs), _float32)
         own = [(task, task.head[path]) for task in batch.answering]
         if len(batch.tasks) == 1:
             return own[0][1](*args, **kwargs)
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        first = next(iter(tensors((args, kwargs)).values()))
         rows = first.shape[0]
         each = batch.rows_each(rows, f"The head's {path}")
         if small and each == 1 and len(args) == 1 and not kwargs and first.dim() in (2, 3):
@@ -40,13 +41,11 @@ def run_head_of_each_task(path: str, leaf: nn.Module) -> None:
         result = None
         for task, module in own:
             where = rows_of(task.index(first.device), each)
-            part = module(
-                *(_pick(value, where, rows) for value in args),
-                **{name: _pick(value, where, rows) for name, value in kwargs.items()},
-            )
+            own_args, own_kwargs = rebuild((args, kwargs), partial(_pick, where, rows))
+            answer = module(*own_args, **own_kwargs)
             if result is None:
-                result = part.new_zeros((rows, *part.shape[1:]))
-            result.index_copy_(0, where, part)
+                result = answer.new_zeros((rows, *answer.shape[1:]))
+            result.index_copy_(0, where, answer)
         return result
 
     intercept(leaf, run)
@@ -103,12 +102,9 @@ def _product_per_example(leaves: Sequence[nn.Module], x: torch.Tensor) -> torch.
     return result if x.dim() == 3 else result.squeeze(1)
 
 
-def _float32(value: Any) -> Any:
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.to(torch.float32) if is_float else value
+def _float32(_: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _pick(value: Any, where: torch.Tensor, rows: int) -> Any:
-    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
-        return value.index_select(0, where)
-    return value
+def _pick(where: torch.Tensor, rows: int, _: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(0, where) if tensor.dim() and tensor.shape[0] == rows else tensor

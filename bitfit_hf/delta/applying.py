@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -23,8 +23,9 @@ from ..errors import DeltaMismatchError, MergeError, collect
 from ..terms import Bias
 from ..terms.base_bias import Found, add_deltas, base_bias, forget, found, overwritten, put_back, tells, write_over
 from ..terms.structure import stock_root, walk
-from ..tuner.head import Labels, resized
+from ..tuner.head import Labels, float32_copy, resized
 from ..tuner.layer import reads_bias, span_index
+from ..tuner.places import find_labels, find_places
 
 Part = nn.Module | nn.Parameter  # of a head, see `bitfit_hf.terms.head_modules`
 
@@ -108,41 +109,54 @@ class Ledger:
 
     # --- checking ---
 
-    def check(self, delta: AppliedDelta) -> None:
-        """Raises what is wrong with applying `delta`, before anything is written."""
+    def fit(self, delta: AppliedDelta) -> AppliedDelta:
+        """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels."""
         model = self.root
-        modules = dict(walk(model))
-        problems = []
-        for name, group in delta.biases.items():
-            module = modules.get(group[0].module)
-            stored = None if module is None else module._parameters.get(group[0].parameter)
-            if module is None:
-                problems.append(f"{name} has no place: there is no layer {group[0].module}")
-            elif stored is None and group[0].exists:
-                problems.append(f"{name} does not exist in the model")
-            elif stored is None and not reads_bias(module, group[0].parameter):
+        layers = dict(walk(model))
+        biases = [bias for group in delta.biases.values() for bias in group]
+        for bias in find_places(model, biases, list(delta.head), base=delta.name):
+            layer = layers[bias.module]
+            if not bias.exists and not reads_bias(layer, bias.parameter):
                 raise MergeError(
-                    f"{group[0].module} ({type(module).__name__}) computes without a bias, so the added one cannot be "
+                    f"{bias.module} ({type(layer).__name__}) computes without a bias, so the added one cannot be "
                     "written into it. Load the delta as an adapter instead: `model.load_adapter(...)`."
                 )
-            elif stored is not None and tuple(stored.shape) != group[0].shape:
-                problems.append(f"{name} has shape {list(group[0].shape)}, the model's {list(stored.shape)}")
-        for path, tensors in delta.head.items():
-            part = _part(model, path)
-            if part is None:
-                problems.append(f"the head's {path} has no place: {type(model).__name__} has no such layer")
-                continue
-            own = _state(part)
-            if own.keys() != tensors.keys():
-                problems.append(f"the head's {path} holds {sorted(tensors)}, the model's {sorted(own)}")
-            elif any(own[key].shape != tensors[key].shape for key in own) and not _resizable(part, tensors):
-                problems.append(f"the head's {path} has another shape than the model's")
+        labels, problems = self._fit_head(layers, delta)
         if problems:
             raise DeltaMismatchError(
                 f"This delta does not fit {type(model).__name__}:{collect(problems)}\n"
                 f"It was trained on {delta.name!r}; load it onto the same class of model."
             )
-        self._check_values_at_hand(modules, delta)
+        self._check_values_at_hand(layers, delta)
+        return delta if delta.labels is None else replace(delta, labels=labels)
+
+    def _fit_head(self, layers: Mapping[str, nn.Module], delta: AppliedDelta) -> tuple[Labels | None, list[str]]:
+        parts = {path: _part(self.root, path) for path in delta.head}
+        missing = [path for path, part in parts.items() if part is None]
+        if missing:
+            name = type(self.root).__name__
+            return None, [f"the head's {path} has no place: {name} has no such layer" for path in missing]
+        known = delta.labels
+        if known is None:
+            labels, logits = find_labels(self.root, list(delta.head))
+        else:
+            labels, logits = find_labels(
+                self.root, list(delta.head), known.num_labels, known.id2label, known.problem_type
+            )
+        problems = []
+        for path, tensors in delta.head.items():
+            size = labels.num_labels if labels is not None and path == logits else None
+            own = _state(parts[path] if path not in layers else float32_copy(layers[path], size))  # type: ignore[arg-type]
+            if own.keys() != tensors.keys():
+                problems.append(f"the head's {path} holds {sorted(tensors)}, the model's {sorted(own)}")
+                continue
+            problems += [
+                f"the head's {path} has another shape than the model's: {key} {list(tensors[key].shape)} instead of "
+                f"{list(own[key].shape)}"
+                for key in own
+                if own[key].shape != tensors[key].shape
+            ]
+        return labels, problems
 
     def _check_values_at_hand(self, modules: Mapping[str, nn.Module], delta: AppliedDelta) -> None:
         owners = {group[0].module for group in delta.biases.values()}
@@ -286,15 +300,6 @@ def _shapes(part: Part) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in _state(part).items()}
 
 
-def _resizable(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> bool:
-    if not isinstance(leaf, (nn.Linear, Conv1D)) or "weight" not in tensors:
-        return False
-    axis = _output_axis(leaf)
-    ours, theirs = list(leaf.state_dict()["weight"].shape), list(tensors["weight"].shape)
-    ours[axis] = theirs[axis]
-    return ours == theirs
-
-
 def _output_axis(leaf: nn.Module) -> int:
     return 1 if isinstance(leaf, Conv1D) else 0
 
@@ -306,7 +311,7 @@ def _tuned_part(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> Part:
     own = leaf.state_dict()
     clone: nn.Module
     if any(own[key].shape != tensor.shape for key, tensor in tensors.items()):
-        assert isinstance(leaf, (nn.Linear, Conv1D))  # `check` has let no other kind pass
+        assert isinstance(leaf, (nn.Linear, Conv1D))  # `fit` has let no other kind pass
         clone = resized(leaf, tensors["weight"].shape[_output_axis(leaf)]).to(own["weight"].dtype)
     else:
         clone = copy.deepcopy(leaf)

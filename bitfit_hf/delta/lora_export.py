@@ -28,6 +28,7 @@ from ..terms.base_bias import add_deltas
 from ..terms.structure import stock_root, walk
 from ..terms.tasks import BY_PEFT_NAME
 from ..tuner.layer import span_index
+from ..tuner.places import find_places
 from .applying import is_applied
 from .value import BiasDelta
 
@@ -99,6 +100,8 @@ def stock_files(
     if not isinstance(delta_or_model, nn.Module):
         check_base(root, delta.config.base_fingerprint, delta_base=delta.config.base_model_name_or_path)
     _refuse_parameters(root, delta)
+    biases = [bias for group in delta.biases.values() for bias in group]
+    find_places(root, biases, delta.config.modules_to_save or [], base=delta.config.base_model_name_or_path)
     carrier = _carrier(root, delta)
     config = LoraConfig(
         task_type=delta.config.task_type,

@@ -145,8 +145,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             where (`str`): Names the delta in messages.
         """
         config = BitFitConfig.from_values(values, where=where)
-        if not config.bias_layout:
-            raise DeltaFormatError(f"{where}: adapter_config.json has no `bias_layout`; save the delta again.")
+        config.check_layout_known(where=where)
         deltas, head = {}, {}
         for key, tensor in tensors.items():
             module, _, last = key.removeprefix(KEY_PREFIX).rpartition(".")
@@ -348,7 +347,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             delta_base=self.config.base_model_name_or_path,
             on_mismatch=on_base_mismatch,
         )
-        ledger.check(delta)
+        delta = ledger.fit(delta)
         if gone:
             ledger.start_anew()
         ledger.add(delta)
@@ -391,8 +390,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             head[path][name[len(path) + 1 :]] = tensor.clone()
         labels = None
         if head and config.num_labels is not None:
-            names = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
-            labels = Labels(config.num_labels, dict(names), config.problem_type)
+            labels = Labels(config.num_labels, dict(config.id2label or {}), config.problem_type)
         return AppliedDelta(
             digest=self.digest,
             name=config.base_model_name_or_path,
@@ -447,6 +445,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         config.new()
         for name in ("modules_to_save", "num_labels", "id2label", "problem_type"):
             setattr(config, name, copy.deepcopy(getattr(head_of.config, name)) if head_of and head_of.head else None)
+        config.task_type = (head_of or self).config.task_type
+        config.settle_task()
         if also is not None:
             config.bias_layout = {**(also.config.bias_layout or {}), **(config.bias_layout or {})}
             mine, theirs = config.base_fingerprint, also.config.base_fingerprint

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from ..errors import DeltaFormatError
 from ..terms import TERMS, Bias
@@ -50,6 +51,7 @@ def decode_layout(layout: Mapping[str, str]) -> list[Bias]:
     biases = []
     for name, text in layout.items():
         module, _, parameter = name.rpartition(".")
+        group = []
         for piece in text.split("; "):
             match = _PIECE.fullmatch(piece)
             if match is None or match["term"] not in TERMS or not parameter:
@@ -59,7 +61,7 @@ def decode_layout(layout: Mapping[str, str]) -> list[Bias]:
                 )
             shape = tuple(int(size) for size in match["shape"].rstrip("+").split("x"))
             spans = ((0, _size(shape)),) if match["spans"] is None else _spans(match["spans"], _size(shape), name)
-            biases.append(
+            group.append(
                 Bias(
                     module=module,
                     parameter=parameter,
@@ -71,7 +73,20 @@ def decode_layout(layout: Mapping[str, str]) -> list[Bias]:
                     exists=not match["shape"].endswith("+"),
                 )
             )
+        _check_group(group)
+        biases += group
     return biases
+
+
+def _check_group(group: list[Bias]) -> None:
+    """Terms of one vector share its shape, and no value belongs to two of them."""
+    spans = sorted(span for bias in group for span in bias.spans)
+    overlap = any(stop > start for (_, stop), (start, _) in pairwise(spans))
+    if overlap or len({(bias.shape, bias.exists) for bias in group}) > 1:
+        raise DeltaFormatError(
+            f"adapter_config.json: `bias_layout` gives several terms of {group[0].name!r} the same values, or "
+            "different shapes; fetch the delta again."
+        )
 
 
 def _spans(text: str, size: int, name: str) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,8 @@ from .structure import LINEAR, NORM, kind_of, saved_modules
 from .survey import Bias, Found, Survey, survey_model
 from .vocabulary import TERMS, named_terms, resolve_terms
 
+ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers
+
 # Where a bias is added only to what the user names: adding one to a norm or to an LM head changes the architecture
 # beyond the projections that BitFit is about.
 _ADDED_IF_NAMED = frozenset({"attention_layernorm", "output_layernorm", "embedding_layernorm", "lm_head"})
@@ -216,8 +218,13 @@ def _check_layers(layers: int | Sequence[int] | None) -> set[int] | None:
 
 def _fits(survey: Survey, path: str, names: str | list[str]) -> bool:
     """Whether a module fits `target_modules` or `exclude_modules`, by PEFT's rules."""
-    if isinstance(names, str) and names.lower() == "all-linear":
+    if isinstance(names, str) and names.lower() == ALL_LINEAR:
         return kind_of(survey.modules[path]) == LINEAR
+    return fits(path, names)
+
+
+def fits(path: str, names: str | Sequence[str]) -> bool:
+    """Whether a path fits `target_modules` or `exclude_modules`: a regular expression, or ends of paths."""
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith("." + name) for name in names)

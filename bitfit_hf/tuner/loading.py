@@ -70,7 +70,10 @@ class Loading:
             if values.get("peft_type") != config.peft_type:
                 raise DeltaFormatError(f"{where}: its configuration changed while it was being loaded; try again.")
             inference_mode = config.inference_mode
-            vars(config).update(vars(BitFitConfig.from_peft_type(**values)), inference_mode=inference_mode)
+            vars(config).update(vars(BitFitConfig.from_values(values, where=where)), inference_mode=inference_mode)
+        config.check_layout_known(where=where)
+        if not values.get("modules_to_save"):
+            config.modules_to_save = None  # PEFT has put names of its own there, and the delta has no head
         check_digest(tensors, config.weights_digest, where=where)
         return tensors
 
@@ -94,6 +97,7 @@ class Loading:
             return None
         values, _ = read_pair(self._folder())
         config = BitFitConfig.from_values(values, where=str(self.path_or_repo))
+        config.check_layout_known(where=str(self.path_or_repo))
         check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
         return config.weights_digest
 

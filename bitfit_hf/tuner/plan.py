@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..config import BitFitConfig
 from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
 from ..storage.base_commit import base_commit
-from ..storage.bias_layout import encode_layout
+from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.files import KEY_PREFIX
 from ..storage.fingerprint import check_base, fingerprint
 from ..terms import (
@@ -34,10 +34,11 @@ from ..terms import (
 from ..terms.base_bias import overwritten
 from ..terms.structure import stock_root, walk
 from ..terms.tasks import library_class, peft_task_type
-from .head import BitFitHead, Labels, float32_copy, output_size
+from .head import BitFitHead, Labels, float32_copy
 from .layer import PREFIX, BitFitLayer
+from .places import find_labels, find_places
 from .reading import owners
-from .state import check_fit, head_leaves, is_bitfit
+from .state import check_fit, is_bitfit
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +123,15 @@ def make_plan(
     _check_not_applied(model)
     if config.pending or config.base_fingerprint is not None:  # a new adapter takes the base's below
         check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
-    head, biases = _selection(model, config, config.modules_to_save)
-    if config.pending:
-        if config.bias_layout:  # what was tuned, whatever this version would choose
-            biases = [bias for bias in biases if bias.name in config.bias_layout]
+    if config.pending and config.bias_layout:
+        # What the file says was tuned and trained, whatever this version would choose.
+        head = []
+        if config.modules_to_save:
+            head = head_modules(model, task_type=config.task_type, modules_to_save=config.modules_to_save)
+        biases = find_places(model, decode_layout(config.bias_layout), head, base=config.base_model_name_or_path)
     else:
-        unknown = _not_in_checkpoint(model, biases)
+        head, biases = _selection(model, config, config.modules_to_save)
+        unknown = [] if config.pending else _not_in_checkpoint(model, biases)
         if unknown and head:
             logger.warning(
                 "%s is not in the checkpoint of %s and starts at random, so it is trained and saved whole, with the "
@@ -151,7 +155,7 @@ def make_plan(
         everywhere[bias.module] = known if bias.parameter in known else (*known, bias.parameter)
     parameters = {bias.module: everywhere.get(bias.module, (bias.parameter,)) for bias in biases}
 
-    labels, logits = _labels(model, config, head)
+    labels, logits = find_labels(model, head, config.num_labels, config.id2label, config.problem_type)
     return Plan(
         biases=biases,
         parameters=parameters,
@@ -288,35 +292,6 @@ def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
             f"{split[0]} and {len(split) - 1} other biases are split over devices by tensor parallelism, under which "
             "deltas are not supported. Load the model without `tp_plan`; FSDP2 shards a model of any size."
         )
-
-
-def _labels(model: nn.Module, config: BitFitConfig, head: list[str]) -> tuple[Labels | None, str | None]:
-    """The adapter's labels and the leaf of the head that makes that many outputs."""
-    if not head or not isinstance(model, PreTrainedModel) or not getattr(model.config, "id2label", None):
-        return None, None
-    own = Labels.of(model)
-    number = own.num_labels if config.num_labels is None else config.num_labels
-    names = config.id2label or (
-        own.id2label if number == own.num_labels else {index: f"LABEL_{index}" for index in range(number)}
-    )
-    # Another adapter's first batch may have settled the problem type that the model has at present.
-    stock = next((found for _, leaf in head_leaves(model) if (found := leaf.labels_of(None)) is not None), own)
-    labels = Labels(number, names, config.problem_type or stock.problem_type)
-    modules = dict(model.named_modules())
-    sizes = {path: _sizes(modules[path]) for path in head if path in modules}
-    logits = next((path for path in reversed(sizes) if own.num_labels in sizes[path]), None)
-    if logits is None and labels.num_labels != own.num_labels:
-        raise DeltaMismatchError(
-            f"The adapter has {labels.num_labels} labels, but no layer of the head of {type(model).__name__} has "
-            f"{own.num_labels} outputs that could be rebuilt. Load the base with `num_labels={labels.num_labels}`."
-        )
-    return labels, logits
-
-
-def _sizes(leaf: nn.Module) -> set[int | None]:
-    if isinstance(leaf, BitFitHead):
-        return {output_size(leaf.original_module), *(output_size(module) for module in leaf.modules_to_save.values())}
-    return {output_size(leaf)}
 
 
 def _values(

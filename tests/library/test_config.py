@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
+from architectures import build
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from bitfit_hf import BitFitConfig, BitFitModel
+from bitfit_hf import BiasDelta, BitFitConfig, BitFitModel
 from bitfit_hf.errors import BitFitError, ConfigError, RegistrationError, UnknownTermError
 from bitfit_hf.terms import SYMBOLS, TERMS
 from bitfit_hf.tuner import registration
@@ -119,7 +121,7 @@ def test_label_numbers_are_integers_again_after_a_file(tmp_path):
     names = {index: f"name {index}" for index in range(12)}  # as text, "10" would come before "2"
     loaded = through_a_file(BitFitConfig(num_labels=12, id2label=names), tmp_path)
     assert loaded.id2label == names
-    assert list(loaded.id2label) == list(names) or sorted(loaded.id2label) == list(names)
+    assert list(loaded.id2label) == list(names)
     assert loaded.num_labels == 12
 
 
@@ -145,6 +147,32 @@ def test_a_file_holds_plain_json(tmp_path):
     assert values["bias_terms"] == ["query"]
     assert isinstance(values["bitfit_version"], str)
     assert not any(name.startswith("_") or name == "pending" for name in values)
+
+
+KEYS = {
+    *("peft_type", "peft_version", "bitfit_version", "task_type", "auto_mapping", "inference_mode"),
+    *("base_model_name_or_path", "revision", "base_fingerprint", "base_num_parameters"),
+    *("bias_terms", "target_modules", "exclude_modules", "layers_to_transform", "add_missing_biases", "bias_layout"),
+    *("modules_to_save", "num_labels", "id2label", "problem_type"),
+    *("weights_digest", "run"),
+}
+
+
+def test_a_file_holds_exactly_these_keys(tmp_path):
+    """A new field is named here, is optional, and `tests/library/regression/` gets a delta that has it."""
+    BitFitConfig().save_pretrained(str(tmp_path / "new"))
+    tuned = get_peft_model(build("bert-sequence"), BitFitConfig())
+    tuned.save_pretrained(tmp_path / "stock")
+    BiasDelta.from_model(tuned).save_pretrained(tmp_path / "ours")
+    held = build("bert-sequence")
+    held.add_adapter(BitFitConfig())
+    held.save_pretrained(tmp_path / "in place")
+    for way in ("new", "stock", "ours", "in place"):
+        assert json.loads((tmp_path / way / "adapter_config.json").read_text()).keys() == KEYS, way
+    old = Path(__file__).parent / "regression"
+    files = list(old.glob("*/delta/adapter_config.json"))
+    assert files
+    assert all(json.loads(file.read_text()).keys() <= KEYS for file in files)
 
 
 def test_fields_of_a_later_version_are_ignored_with_a_warning(tmp_path):

@@ -297,6 +297,18 @@ def test_checkpoints_whose_weights_differ_have_no_bias_delta():
         BiasDelta.from_models(base, other)
 
 
+@pytest.mark.parametrize("size", [1, 16, 64])
+def test_checkpoints_whose_biases_have_other_shapes_have_no_bias_delta(size):
+    """Only the bias differs, and one of a single value would be spread over all of them."""
+    base = randomize_(build("bert-sequence"))
+    other = copy.deepcopy(base)
+    other.bert.pooler.dense.bias = torch.nn.Parameter(torch.zeros(size))
+    for before, after, sizes in ((base, other, (size, 32)), (other, base, (32, size))):
+        with pytest.raises(DeltaMismatchError) as caught:
+            BiasDelta.from_models(before, after)
+        assert f"bert.pooler.dense.bias has shape [{sizes[0]}], the base's [{sizes[1]}]" in str(caught.value)
+
+
 # --- arithmetic ---
 
 
@@ -343,6 +355,26 @@ def test_deltas_of_different_terms_add_to_their_union(tmp_path):
     load_delta(stock, tmp_path)
     for name in b:
         assert torch.equal(stock.get_parameter(name), before[name] - b[name])
+
+
+@pytest.mark.parametrize("order", ["query first", "query last"])
+def test_a_sum_checks_the_base_for_the_biases_of_both(order, tmp_path):
+    query, other = (
+        BiasDelta.from_model(tuned("bert-sequence", BitFitConfig(bias_terms=term)))
+        for term in ("query", "intermediate")
+    )
+    total = query + other if order == "query first" else other + query
+    prints = [delta.config.base_fingerprint["tensors"] for delta in (query, other, total)]
+    assert prints[0].keys().isdisjoint(prints[1])
+    assert prints[2] == prints[0] | prints[1]
+    total.save_pretrained(tmp_path)
+    for name in (next(iter(query)), next(iter(other))):
+        stock = randomize_(build("bert-sequence"))
+        with torch.no_grad():
+            stock.get_parameter(name)[0] += 1e-3
+        with pytest.raises(BaseModelMismatchError, match=f"{name} differs"):
+            load_delta(stock, tmp_path)
+    load_delta(randomize_(build("bert-sequence")), tmp_path)
 
 
 def test_deltas_of_different_bases_or_slices_cannot_be_added():
