@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AdapterNameError",
+    "AddedTokensError",
     "BaseModelMismatchError",
     "BitFitError",
     "ConfigError",
@@ -74,6 +75,10 @@ class AdapterNameError(BitFitError, ValueError):
 
 class ConfigError(BitFitError, ValueError):
     """A configuration holds a value of the wrong type or kind."""
+
+
+class AddedTokensError(BitFitError, ValueError):
+    """The token embeddings were resized in a way that a delta cannot carry, or that does not fit this one."""
 
 
 class DeltaFormatError(BitFitError, ValueError):

@@ -143,6 +143,12 @@ class TaskBank:
             if self._store.limit is not None and not pin:
                 origin.keep()
             delta = origin.read()
+            if delta.config.added_tokens:
+                raise TaskBankError(
+                    f"The task {name!r} has {delta.config.added_tokens} added tokens. The tasks of a bank share one "
+                    "table of token embeddings, so none can bring rows of its own. Serve this one by itself: "
+                    "`AutoModelFor….from_pretrained(…)`, or `load_delta` onto a base of its own."
+                )
             model = self._models.find(delta, self.tokenizer)
             model.check_base(delta, on_base_mismatch)
             task = BankTask(name, origin, model, _labels(delta), pinned=pin)

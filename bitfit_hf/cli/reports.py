@@ -49,10 +49,12 @@ def inspect_delta(delta: BiasDelta, folder: Path, name: str, *, largest: int) ->
         "parameters": {
             "biases": counts.biases,
             "head": counts.head,
+            "tokens": counts.tokens,
             "total": counts.total,
             "base": of_base,
             "biases_percent_of_base": 100 * counts.biases / of_base if of_base else None,
         },
+        "added_tokens": config.added_tokens or 0,
         "added_biases": sum(not group[0].exists for group in delta.biases.values()),
         "head": {name: list(tensor.shape) for name, tensor in delta.head.items()},
         "num_labels": config.num_labels,

@@ -19,13 +19,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..backends.sharded import is_sharded
-from ..errors import DeltaMismatchError, MergeError, collect
+from ..errors import AddedTokensError, DeltaMismatchError, MergeError, collect
 from ..terms import Bias
 from ..terms.base_bias import Found, add_deltas, base_bias, forget, found, overwritten, put_back, tells, write_over
 from ..terms.structure import stock_root, walk
+from ..terms.token_tensors import check_room
+from ..tuner.added_tokens import AddedTokens, fit_added_tokens
 from ..tuner.head import Labels, float32_copy, resized
 from ..tuner.layer import reads_bias, span_index
 from ..tuner.places import find_labels, find_places
+from ..tuner.token_rows import added_shapes
+from .applied_rows import AppliedRows, RowRecord
 
 Part = nn.Module | nn.Parameter  # of a head, see `bitfit_hf.terms.head_modules`
 
@@ -42,6 +46,7 @@ class AppliedDelta:
         head (`Mapping[str, Mapping[str, torch.Tensor]]`): For each part of the head its tensors, by their names in it;
             that of a parameter is empty.
         labels ([`Labels`], *optional*): Those of the head.
+        added ([`AppliedRows`], *optional*): Those of added tokens.
     """
 
     digest: str
@@ -50,6 +55,7 @@ class AppliedDelta:
     deltas: Mapping[str, torch.Tensor]
     head: Mapping[str, Mapping[str, torch.Tensor]]
     labels: Labels | None
+    added: AppliedRows | None = None
 
 
 class Ledger:
@@ -63,6 +69,7 @@ class Ledger:
         self._root = weakref.ref(root)
         self.applied: list[AppliedDelta] = []
         self._own: dict[str, Part] = {}  # parts of the model's own head, where a delta's stand in their place
+        self._rows = RowRecord()
         self._labels = _labels_of(root)
 
     @property
@@ -109,12 +116,39 @@ class Ledger:
 
     # --- checking ---
 
-    def fit(self, delta: AppliedDelta) -> AppliedDelta:
-        """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels."""
+    def place_tokens(self, delta: AppliedDelta, *, gone: bool) -> AddedTokens | None:
+        """Where the added tokens are that the model is going to have: those of `delta`, or of one that it has.
+
+        Args:
+            delta ([`AppliedDelta`]): What is about to be applied.
+            gone (`bool`): What [`~Ledger.is_gone`] says.
+
+        Raises:
+            [`AddedTokensError`]: Those of `delta` do not fit the model, or what is applied to it.
+        """
+        others = [] if gone else [other.added for other in self.applied if other.added is not None]
+        added = delta.added or next(reversed(others), None)
+        if added is None:
+            return None
+        if any(other.start != added.start for other in others):
+            raise AddedTokensError(
+                f"This delta's tokens were added to a base of {added.start}, those of a delta that is applied to this "
+                f"{type(self.root).__name__} to one of {others[0].start}. Load the delta onto a base of its own."
+            )
+        return fit_added_tokens(self.root, added.start, added.count, others=bool(others))
+
+    def fit(self, delta: AppliedDelta, tokens: AddedTokens | None) -> AppliedDelta:
+        """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels.
+
+        Args:
+            delta ([`AppliedDelta`]): What is about to be applied.
+            tokens ([`AddedTokens`], *optional*): What [`~Ledger.place_tokens`] has found.
+        """
         model = self.root
         layers = dict(walk(model))
         biases = [bias for group in delta.biases.values() for bias in group]
-        for bias in find_places(model, biases, list(delta.head), base=delta.name):
+        base_rows = None if tokens is None else tokens.base_rows
+        for bias in find_places(model, biases, list(delta.head), base=delta.name, base_rows=base_rows):
             layer = layers[bias.module]
             if not bias.exists and not reads_bias(layer, bias.parameter):
                 raise MergeError(
@@ -122,6 +156,9 @@ class Ledger:
                     "written into it. Load the delta as an adapter instead: `model.load_adapter(...)`."
                 )
         labels, problems = self._fit_head(layers, delta)
+        if delta.added is not None and tokens is not None:
+            check_room(model, tokens.tensors, max(tokens.tensors.rows, tokens.stop))
+            problems += _row_problems(delta.added, added_shapes(layers, tokens))
         if problems:
             raise DeltaMismatchError(
                 f"This delta does not fit {type(model).__name__}:{collect(problems)}\n"
@@ -161,6 +198,7 @@ class Ledger:
     def _check_values_at_hand(self, modules: Mapping[str, nn.Module], delta: AppliedDelta) -> None:
         owners = {group[0].module for group in delta.biases.values()}
         owners |= {path if path in modules else path.rpartition(".")[0] for path in delta.head}
+        owners |= {name.rpartition(".")[0] for name in (delta.added.tensors if delta.added is not None else ())}
         absent = [
             f"{path}.{name} is {'on the meta device' if tensor.is_meta else 'split over devices'}".removeprefix(".")
             for path in sorted(owners)
@@ -178,14 +216,14 @@ class Ledger:
 
     def add(self, delta: AppliedDelta) -> None:
         """Writes `delta` into the model, beside those that are there."""
-        before = self._headed()
+        before = (self._headed(), self._enlarged())
         self.applied.append(delta)
         self._write(before)
         LEDGERS[self.root] = self
 
     def remove(self, delta: AppliedDelta) -> None:
         """Takes `delta` out of the model."""
-        before, layers = self._headed(), dict(walk(self.root))
+        before, layers = (self._headed(), self._enlarged()), dict(walk(self.root))
         self.applied.remove(delta)
         for name in delta.deltas.keys() - set(self._names()):
             path, _, parameter = name.rpartition(".")
@@ -213,20 +251,24 @@ class Ledger:
                     fits = fits and _shapes(part) == _shapes(own)
             if fits and self._labels is not None and _labels_of(self.root) == headed.labels:
                 self._labels.give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
+        self._rows.start_anew(self.root)
         self.applied.clear()
         self._own.clear()
         self._labels = _labels_of(self.root)
         LEDGERS.pop(self.root, None)
 
-    def _write(self, before: AppliedDelta | None) -> None:
-        """Writes the sum of the deltas over the base, and the last head, where that is no longer that of `before`."""
+    def _write(self, before: tuple[AppliedDelta | None, AppliedDelta | None]) -> None:
+        """Writes the sum of the deltas over the base, and the last head and rows of added tokens, where they are no
+        longer those of the deltas `before`."""
         layers = dict(walk(self.root))
         with torch.no_grad():
             for name in self._names():
                 path, _, parameter = name.rpartition(".")
                 write_over(layers[path], parameter, self._sum(name, layers[path], parameter))
-        headed = self._headed()
-        if headed is before:
+        headed, enlarged = self._headed(), self._enlarged()
+        if enlarged is not before[1]:
+            self._rows.write(self.root, None if enlarged is None else enlarged.added)
+        if headed is before[0]:
             return
         for path, own in self._own.items():
             _put(self.root, path, own)
@@ -249,11 +291,16 @@ class Ledger:
                 index = span_index(delta.biases[name])
                 parts.append((delta.deltas[name].to(like.device), None if index is None else index.to(like.device)))
         shape = next(delta.biases[name][0].shape for delta in self.applied if name in delta.biases)
+        if base is not None and base.shape != shape:  # the entries of added tokens come behind the base's
+            base = base[: shape[0]]
         dtype = like.dtype if like.dtype.is_floating_point else torch.float32
         return add_deltas(None if base is None else base.to(like.device), parts, dtype=dtype, shape=shape)
 
     def _headed(self) -> AppliedDelta | None:
         return next((delta for delta in reversed(self.applied) if delta.head), None)
+
+    def _enlarged(self) -> AppliedDelta | None:
+        return next((delta for delta in reversed(self.applied) if delta.added is not None), None)
 
 
 LEDGERS: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary()
@@ -269,6 +316,15 @@ def is_applied(model: nn.Module) -> bool:
     """Whether the biases of a stock model are not those of its base, since a delta was written into them."""
     ledger = LEDGERS.get(stock_root(model))
     return next(overwritten(model), None) is not None or (ledger is not None and not ledger.is_gone())
+
+
+def _row_problems(added: AppliedRows, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    found = {name: tuple(tensor.shape) for name, tensor in added.tensors.items()}
+    return [f"{name} of the added tokens has no place" for name in found if name not in wanted] + [
+        f"{name} of the added tokens is {found.get(name, 'missing')}, the model needs {shape}"
+        for name, shape in wanted.items()
+        if found.get(name) != shape
+    ]
 
 
 def _part(root: nn.Module, path: str) -> Part | None:

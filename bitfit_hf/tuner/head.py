@@ -71,7 +71,7 @@ class BitFitHead(ModulesToSaveWrapper):
     other_param_names = ("modules_to_save",)
 
     def __init__(
-        self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None, in_the_middle: bool = False
+        self, module_to_save: nn.Module, adapter_name: str, *, in_the_middle: bool = False, **kwargs: Any
     ) -> None:
         self._in_the_middle = in_the_middle
         self._labels: dict[str | None, Labels] = {}  # by adapter; those of the stock model under `None`
@@ -79,7 +79,7 @@ class BitFitHead(ModulesToSaveWrapper):
         self._label_owner: tuple[PreTrainedModel] | None = None
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
-        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, **kwargs)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         self.modules_to_save = Float32ModuleDict()

@@ -20,6 +20,8 @@ from ..errors import AdapterNameError, DeltaMismatchError, MixedBatchError
 from ..storage.files import KEY_PREFIX
 from ..terms import Bias
 from ..terms.structure import HOLDER, stock_module
+from ..terms.token_tensors import check_rows, keep_rows, note_rows, restore_rows, set_rows
+from .added_tokens import AddedTokens
 from .head import BitFitHead
 from .head_parameter import HeadParameter
 from .layer import PREFIX, BitFitLayer
@@ -41,6 +43,7 @@ from .state import (
     take_out,
     tuned_layers,
 )
+from .token_rows import TokenRows, token_layers
 
 
 class BitFitModel(BaseTuner):
@@ -132,6 +135,8 @@ class BitFitModel(BaseTuner):
             tensors = loading.read(config)
             plan = make_plan(model, config, adapter_name, only=state_dict)
             plan.check_fit(model, tensors, where=f"adapter {adapter_name!r}")
+        if plan.tokens is not None:
+            set_rows(model, plan.tokens.tensors, max(plan.tokens.tensors.rows, plan.tokens.stop))
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         keep_trainable(model)
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
@@ -141,10 +146,13 @@ class BitFitModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if first:
             self._mark_only_adapters_as_trainable(model)
+        if plan.tokens is not None:
+            self._wrap_tokens(model, adapter_name, plan.tokens, inference_mode=config.inference_mode)
         self._wrap_head(model, adapter_name, plan, inference_mode=config.inference_mode)
         for parameter, requires_grad in trainable:
             parameter.requires_grad = requires_grad
         plan.describe(config)
+        note_rows(model)
 
     def _wrap_layers(
         self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool, device: torch.device | None
@@ -159,8 +167,7 @@ class BitFitModel(BaseTuner):
                 self._tie(model, alias, bias, adapter_name)
 
     def _wrapped(self, model: nn.Module, path: str, parameters: Sequence[str], adapter_name: str) -> BitFitLayer:
-        parent_path, _, name = path.rpartition(".")
-        parent = resolve(model, parent_path)
+        parent, name = _place(model, path)
         child = parent._modules[name]
         assert child is not None
         if isinstance(child, BitFitLayer):
@@ -176,6 +183,25 @@ class BitFitModel(BaseTuner):
         owner = find_layer(model, bias.module)
         other = self._wrapped(model, path, (parameter,), adapter_name)
         other.share_delta(adapter_name, parameter, owner, bias.parameter)
+
+    def _wrap_tokens(self, model: nn.Module, adapter_name: str, tokens: AddedTokens, *, inference_mode: bool) -> None:
+        wrapped: dict[str | None, TokenRows] = {}
+        for path, leader in token_layers(tokens):
+            parent_path, _, name = path.rpartition(".")
+            parent = resolve(model, parent_path)
+            layer = parent._modules[name]
+            assert layer is not None
+            new = not isinstance(layer, TokenRows)
+            if isinstance(layer, TokenRows):
+                layer.update(adapter_name, start=tokens.start, count=tokens.count)
+            else:
+                layer = TokenRows(
+                    layer, adapter_name, start=tokens.start, count=tokens.count, leader=wrapped.get(leader)
+                )
+                setattr(parent, name, layer)
+            if new or adapter_name in self.active_adapters:
+                layer.set_adapter(self.active_adapters, inference_mode=inference_mode)
+            wrapped[path] = layer
 
     def _wrap_head(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
         active = adapter_name in self.active_adapters
@@ -325,11 +351,15 @@ class BitFitModel(BaseTuner):
         if merge:
             for _, layer in tuned_layers(model):
                 layer.check_merge(safe_merge, adapter_names)
-            prepare_merge(model, list(adapter_names or self.active_adapters))
+            names = list(adapter_names or self.active_adapters)
+            prepare_merge(model, names)
+            if any(isinstance(module, TokenRows) and module.serves(names) for module in model.modules()):
+                keep_rows(model)
         for name, module in reversed(list(model.named_modules())):
             if isinstance(module, (BitFitLayer, BitFitHead)):
                 with onload_layer(module):
                     take_out(model, name, module, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+        restore_rows(model)
         vars(model).pop("peft_config", None)
         forget_configs(model)
         return model
@@ -345,6 +375,7 @@ class BitFitModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        check_rows(model)
         wanted = set(delta_parameters(model, adapter_name))  # a tied delta once
         deltas = {}
         for key, tensor in state_dict.items():
@@ -359,12 +390,21 @@ class BitFitModel(BaseTuner):
             saved |= {stock_path(f"{path}.{k}"): v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
         read_labels(model, adapter_name, config)
         config.about_to_save(saved)
+        # PEFT goes on to look for token embeddings in this dictionary, its own selection of the one that was passed,
+        # and would add whole matrices where the model was resized or `target_modules` names an output layer.
+        for key in list(state_dict):
+            if key in deltas:
+                state_dict[key] = deltas[key]
+            elif "modules_to_save" not in key.split("."):
+                del state_dict[key]
         return deltas
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         prefix = KEY_PREFIX if key.startswith(KEY_PREFIX) else ""
-        return prefix + stock_path(super()._remove_adapter_name_from_key(key, adapter_name))
+        name = stock_path(super()._remove_adapter_name_from_key(key, adapter_name))
+        # As PEFT finds the rows of added tokens when it looks for the layer of token embeddings.
+        return prefix + name.replace(".modules_to_save.", ".")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -400,10 +440,18 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
 
 def find_layer(model: nn.Module, path: str) -> BitFitLayer:
     """The BitFit layer around the module at a stock path."""
-    parent, _, name = path.rpartition(".")
-    layer = resolve(model, parent)._modules[name]
+    parent, name = _place(model, path)
+    layer = parent._modules[name]
     assert isinstance(layer, BitFitLayer)
     return layer
+
+
+def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Where the module at a stock path, or its BitFit layer, hangs: the live parent and the name there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = resolve(model, parent_path)
+    child = parent._modules[name]
+    return (child, "original_module") if isinstance(child, TokenRows) else (parent, name)
 
 
 def _has(state_dict: Mapping[str, torch.Tensor], path: str) -> bool:

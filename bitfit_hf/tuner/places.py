@@ -20,7 +20,14 @@ from .head import BitFitHead, Labels, output_size
 from .state import head_leaves
 
 
-def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *, base: str | None) -> list[Bias]:
+def find_places(
+    model: nn.Module,
+    layout: Iterable[Bias],
+    head: Sequence[str],
+    *,
+    base: str | None,
+    base_rows: Mapping[str, int] | None = None,
+) -> list[Bias]:
     """Finds the biases of a saved delta in a model.
 
     Args:
@@ -28,6 +35,7 @@ def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *
         layout (`Iterable[Bias]`): The delta's biases, see [`decode_layout`].
         head (`Sequence[str]`): What the delta trains whole.
         base (`str`, *optional*): Name of the delta's base, for messages.
+        base_rows (`Mapping[str, int]`, *optional*): As for [`fingerprint`]: the entries that the delta's base has.
 
     Returns:
         `list[Bias]`: The same, in the model's order and with the names that tied ones have in it.
@@ -42,7 +50,8 @@ def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *
     order = {name: number for number, name in enumerate(live)}
     places, problems = [], []
     for bias in layout:
-        problem = _problem(bias, layers.get(bias.module), live.get(bias.name))
+        rows = (base_rows or {}).get(bias.name)
+        problem = _problem(bias, layers.get(bias.module), live.get(bias.name), rows)
         if part_of(bias.name, head) is not None:
             problem = "belongs to the head, which is saved whole"
         if problem is not None:
@@ -58,7 +67,7 @@ def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *
     return sorted(places, key=lambda bias: order[bias.name])
 
 
-def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None) -> str | None:
+def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None, rows: int | None) -> str | None:
     if layer is None:
         return f"has no place: there is no layer {bias.module}"
     if live is None:
@@ -71,8 +80,9 @@ def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None) -> str | No
         return "does not exist in the model"
     if exists and not bias.exists:
         return "was added for the delta, and the model has one of its own"
-    if live.shape != bias.shape:
-        return f"has shape {list(bias.shape)}, the model's {list(live.shape)}"
+    shape = live.shape if rows is None else (rows,)
+    if shape != bias.shape:
+        return f"has shape {list(bias.shape)}, the model's {list(shape)}"
     return None
 
 

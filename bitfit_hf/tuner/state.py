@@ -13,9 +13,11 @@ from ..config import BitFitConfig
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
 from ..storage.files import KEY_PREFIX, check_digest, check_values
 from ..terms.structure import HOLDER, stock_root
+from ..terms.token_tensors import restore_rows
 from .head import BitFitHead
 from .head_parameter import VALUE, HeadParameter
 from .layer import PREFIX, BitFitLayer
+from .token_rows import TokenRows
 
 # Parts of a live module's path that the stock model does not have.
 _INSERTED = frozenset(
@@ -167,6 +169,8 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
             module.forget(adapter_name)
             if not module.serves_any():
                 take_out(root, name, module)
+    if not any(isinstance(module, TokenRows) for module in root.modules()):
+        restore_rows(root)
     configs = getattr(root, "peft_config", None)
     if isinstance(configs, dict):
         configs.pop(adapter_name, None)
