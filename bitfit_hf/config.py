@@ -15,7 +15,7 @@ from peft import PeftConfig, TaskType
 from .errors import BitFitError, ConfigError, DeltaFormatError, DeltaMismatchError, collect
 from .storage.bias_layout import decode_layout
 from .storage.files import digest, is_added
-from .terms import Bias, resolve_terms
+from .terms import Bias, SavedNames, resolve_terms
 from .terms.selection import ALL_LINEAR, fits
 from .terms.tasks import BY_PEFT_NAME
 from .training_run import TrainingRun
@@ -57,7 +57,7 @@ class BitFitConfig(PeftConfig):
             Narrows the terms to these layers, counted from 0 in each stack.
         modules_to_save (`list[str]`, *optional*):
             Modules to train and save whole beside the task head, which is found by itself. After injection this holds
-            the full list of the head's leaf modules.
+            the full list of the head's parts, see [`bitfit_hf.terms.head_modules`].
         add_missing_biases (`bool`, *optional*, defaults to `False`):
             Gives each targeted projection that has no bias one at exactly zero (Llama, T5, …). Norms and LM heads get
             one only when their term is named.
@@ -149,6 +149,8 @@ class BitFitConfig(PeftConfig):
         if problems:
             raise ConfigError(f"BitFitConfig (adapter_config.json) holds values of the wrong type:{collect(problems)}")
         super().__post_init__()
+        if self.modules_to_save is not None:
+            self.modules_to_save = SavedNames(self.modules_to_save)
         self.bias_terms = _canonical(self.bias_terms)
         if self.id2label is not None:  # JSON turns the keys into strings
             self.id2label = {int(index): label for index, label in self.id2label.items()}

@@ -21,6 +21,7 @@ __all__ = [
     "DeltaNotFoundError",
     "MergeError",
     "MissingDependencyError",
+    "MixedBatchError",
     "NoBiasesError",
     "NoMatchError",
     "OptimizerError",
@@ -58,6 +59,10 @@ class UnknownHeadError(BitFitError, ValueError):
 
 class UnsupportedLayerError(BitFitError, TypeError):
     """A layer cannot be tuned, or not in the way that was asked for."""
+
+
+class MixedBatchError(UnsupportedLayerError, ValueError):
+    """`adapter_names` cannot be applied to the model as it is at present: in training, or with adapters merged."""
 
 
 class MergeError(BitFitError, ValueError):

@@ -36,7 +36,7 @@ class TaskBank:
 
     All tasks share the base's weights. A task adds its deltas, one row in a table per bias, and its head. In a batch,
     each layer computes with `b_0 + δ` of each example's own task: one gather of `[batch, width]` per layer. Heads may
-    differ in kind, shape and number of labels. The backbone runs once.
+    differ in class, shape and number of labels. The backbone runs once.
 
     Threads may call one bank at the same time, and add and remove tasks meanwhile. A request computes with the tasks
     as they were when it began.
@@ -155,7 +155,6 @@ class TaskBank:
             self._store.bring_in(task, lambda: delta)
             if self._store.limit is None or pin:
                 origin.release()
-            self._store.enter(task)
 
     def remove_task(self, name: str) -> None:
         """Removes a task. Requests that run with it end as they began.
@@ -234,7 +233,7 @@ class TaskBank:
             for example, name in enumerate(names):
                 places[name].append(example)
             batch_tasks = []
-            by_model: dict[TaskModel, list[BatchTask]] = defaultdict(list)
+            runs: dict[tuple[TaskModel, str | None], list[BatchTask]] = defaultdict(list)
             for name, examples in places.items():
                 if name is None:
                     model, task = self._models.of_base, BatchTask(examples, self._base.no_rows)
@@ -243,11 +242,11 @@ class TaskBank:
                     model = loaded.model
                     task = BatchTask(examples, loaded.rows, loaded.head, loaded.rows_tensor)
                 batch_tasks.append(task)
-                by_model[model].append(task)
+                runs[model, name if model.one_by_one else None].append(task)
             outputs: list[Any] = [None] * len(names)
             with running(Batch(batch_tasks, len(names))) as batch:
-                batch.shared = {} if len(by_model) > 1 else None
-                for model, answering in by_model.items():
+                batch.shared = {} if len(runs) > 1 else None
+                for (model, _), answering in runs.items():
                     batch.answering = answering
                     output = model.model(**encoded)
                     assert isinstance(output, ModelOutput)
@@ -258,8 +257,8 @@ class TaskBank:
 
     def predict(
         self,
-        texts: Sequence[str | tuple[str, str]],
-        tasks: Sequence[str | None],
+        texts: str | Sequence[str | tuple[str, str]],
+        tasks: str | Sequence[str | None] | None,
         *,
         batch_size: int = 32,
         progress: bool = False,
@@ -271,8 +270,9 @@ class TaskBank:
         side runs texts of one length at a time. Of a text that is longer than the model takes, the beginning is read.
 
         Args:
-            texts (`Sequence[str]`): Texts, or pairs `(first, second)`; for question answering `(question, context)`.
-            tasks (`Sequence[str]`): One name per text; `None` for the base model.
+            texts (`str` or `Sequence[str]`): Texts, or a list of pairs `(first, second)`; for question answering
+                `(question, context)`.
+            tasks (`str` or `Sequence[str]`): One name per text, or one for all; `None` for the base model.
             batch_size (`int`, *optional*, defaults to 32): Texts in a forward pass.
             progress (`bool`, *optional*, defaults to `False`): Shows a progress bar.
 
@@ -290,9 +290,9 @@ class TaskBank:
             [`TaskBankError`]: As for a call, or there is no tokenizer; a text has no tokens, a context is empty, a
                 question leaves no room for its context; a task takes something else than texts.
         """
-        texts, names = check_texts(texts, tasks, batch_size)
+        checked, names = check_texts(texts, tasks, batch_size)
         return predict(
-            texts,
+            checked,
             names,
             {name: self._model_and_labels(name) for name in dict.fromkeys(names)},
             encoder=TextEncoder(self.tokenizer, self._positions, self.device),

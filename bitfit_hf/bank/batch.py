@@ -83,7 +83,6 @@ class Batch:
         self.shared: dict[nn.Module, list[tuple[Any, Any]]] | None = None
         self.read_outside: set[object] | None = None
         self._rows: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
-        self._examples: dict[tuple[int, torch.device], torch.Tensor] = {}
         if len(tasks) > 1:
             table = torch.stack([task.rows_tensor for task in tasks])
             self.tuned = table.amax(dim=0).bool().tolist()
@@ -122,16 +121,6 @@ class Batch:
             found = self._table.to(device).repeat_interleave(each, dim=1).unbind()
             self._rows[each, device] = found
         return found[site]
-
-    def repeated(self, values: torch.Tensor, each: int) -> torch.Tensor:
-        """Repeats each example's row of `values` `each` times."""
-        if each == 1:
-            return values
-        found = self._examples.get((each, values.device))
-        if found is None:
-            found = torch.arange(self.size, device=values.device).repeat_interleave(each)
-            self._examples[each, values.device] = found
-        return values.index_select(0, found)
 
     def run_only(self, task: BatchTask, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a module with one task's deltas."""

@@ -1,15 +1,17 @@
-"""The leaves of a task model's head: each task's own, on the rows of its examples."""
+"""The parts of a task model's head: each task's own leaves, on the rows of its examples, and its own parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..tuner.nested import rows_of
-from .batch import Batch
+from ..tuner.nested import rebuild, rows_of, tensors
+from ..tuner.reading import install
+from .batch import Batch, current
 from .intercept import intercept
 
 _SMALL_WEIGHT = 1 << 16  # values; copying that much for each example costs less than a product of its own
@@ -27,11 +29,11 @@ def run_head_of_each_task(path: str, leaf: nn.Module) -> None:
     small = type(leaf) is nn.Linear and leaf.weight.numel() <= _SMALL_WEIGHT
 
     def run(batch: Batch, _: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tuple(map(_float32, args)), {name: _float32(value) for name, value in kwargs.items()}
+        args, kwargs = rebuild((args, kwargs), _float32)
         own = [(task, task.head[path]) for task in batch.answering]
         if len(batch.tasks) == 1:
             return own[0][1](*args, **kwargs)
-        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        first = next(iter(tensors((args, kwargs)).values()))
         rows = first.shape[0]
         each = batch.rows_each(rows, f"The head's {path}")
         if small and each == 1 and len(args) == 1 and not kwargs and first.dim() in (2, 3):
@@ -39,16 +41,53 @@ def run_head_of_each_task(path: str, leaf: nn.Module) -> None:
         result = None
         for task, module in own:
             where = rows_of(task.index(first.device), each)
-            part = module(
-                *(_pick(value, where, rows) for value in args),
-                **{name: _pick(value, where, rows) for name, value in kwargs.items()},
-            )
+            own_args, own_kwargs = rebuild((args, kwargs), partial(_pick, where, rows))
+            answer = module(*own_args, **own_kwargs)
             if result is None:
-                result = part.new_zeros((rows, *part.shape[1:]))
-            result.index_copy_(0, where, part)
+                result = answer.new_zeros((rows, *answer.shape[1:]))
+            result.index_copy_(0, where, answer)
         return result
 
     intercept(leaf, run)
+
+
+class HeadParameter(nn.Module):
+    """A parameter of a task's head that lies in no module.
+
+    Args:
+        value (`torch.Tensor`): Its value.
+    """
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)
+
+
+def read_parameter_of_the_task(path: str, owner: nn.Module) -> None:
+    """Lets a task model read, in the place of a parameter that it holds itself, that of the one task being run.
+
+    It reads the parameter as a whole, so it cannot be another one for each example of a batch: such a task model is
+    run for one task at a time.
+
+    Args:
+        path (`str`): The parameter's name in the task's class.
+        owner (`nn.Module`): Holds the task model's own, whose values are never computed with.
+    """
+    install(owner, (path.rpartition(".")[2],), owner=_TaskParameter(path))
+
+
+class _TaskParameter:
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
+        batch = current()
+        if batch is None or base is None:
+            return base
+        (task,) = batch.answering
+        part = task.head[self._path]
+        assert isinstance(part, HeadParameter)
+        return part.value.to(base.dtype)
 
 
 def _product_per_example(leaves: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
@@ -63,12 +102,9 @@ def _product_per_example(leaves: Sequence[nn.Module], x: torch.Tensor) -> torch.
     return result if x.dim() == 3 else result.squeeze(1)
 
 
-def _float32(value: Any) -> Any:
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.to(torch.float32) if is_float else value
+def _float32(_: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _pick(value: Any, where: torch.Tensor, rows: int) -> Any:
-    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows:
-        return value.index_select(0, where)
-    return value
+def _pick(where: torch.Tensor, rows: int, _: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.index_select(0, where) if tensor.dim() and tensor.shape[0] == rows else tensor

@@ -34,12 +34,12 @@ class BankedLayer:
     """
 
     def __init__(self, path: str, layer: nn.Module, sites: Mapping[str, Site]) -> None:
-        self.path = path
         self.sites = dict(sites)
         self.batch_axis: int | None = None  # of the output; set once a trial run has shown it
         self.channel_axis = channel_axis(layer)  # of the output: the bias lies along it
         self._layer = layer
         self._stock = stock_class(layer)
+        self._title = f"{path} ({self._stock.__name__})"  # for messages
         self._numbers = [site.number for site in self.sites.values()]
         self._site = next(iter(self.sites.values()))
         weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
@@ -79,9 +79,9 @@ class BankedLayer:
         if not batch.tuned[site.number]:
             return base
         raise TaskBankError(
-            f"The `{parameter}` of {self.path} ({self._stock.__name__}) is read by code that the bank's trial run did "
-            "not see, so the tasks of this batch cannot be told apart there. Ask for one task per call, or make the "
-            "bank with `example_inputs=` like those of this call."
+            f"The `{parameter}` of {self._title} is read by code that the bank's trial run did not see, so the tasks "
+            "of this batch cannot be told apart there. Ask for one task per call, or make the bank with "
+            "`example_inputs=` like those of this call."
         )
 
     def _run(self, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -92,9 +92,8 @@ class BankedLayer:
             return batch.run_inside(self, forward, *args, **kwargs)
         if self.batch_axis is None:
             raise TaskBankError(
-                f"{self.path} ({self._stock.__name__}) was not reached in the bank's trial run, so it is not known "
-                "which rows of its output belong to which example. Make the bank with `example_inputs=` like those of "
-                "this call."
+                f"{self._title} was not reached in the bank's trial run, so it is not known which rows of its output "
+                "belong to which example. Make the bank with `example_inputs=` like those of this call."
             )
         if self._is_product and self.batch_axis == 0 and len(args) == 1 and not kwargs:
             x, weight = args[0], self._layer._parameters["weight"]
@@ -111,18 +110,14 @@ class BankedLayer:
 
     def _product_per_example(self, batch: Batch, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         device, site, shape = x.device, self._site, x.shape
-        each = self._rows_each(batch, shape[0]) * shape[1:-1].numel()
+        each = batch.rows_each(shape[0], self._title) * shape[1:-1].numel()
         tokens = each * batch.size
-        small = tokens * site.size <= _SMALL_OUTPUT
-        if small and site.held is not None:
+        if site.held is not None and tokens * site.size <= _SMALL_OUTPUT:
             start = site.table.index_select(0, batch.table_rows(site.number, device, each))
         else:
             rows = batch.table_rows(site.number, device)
             biases = site.effective_rows(rows, self._layer._parameters["bias"], x.dtype)
-            if small:
-                start = batch.repeated(biases, each)
-            else:
-                start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
+            start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
         matrix = weight.t() if self._stock is nn.Linear else weight
         return start.addmm_(x.reshape(tokens, -1), matrix).view(*shape[:-1], site.size)
 
@@ -130,8 +125,8 @@ class BankedLayer:
         """Adds each example's delta to what the layer has computed."""
         assert self.batch_axis is not None
         assert self.channel_axis is not None
-        rows = self._site.delta_rows(batch.table_rows(self._site.number, result.device))
-        rows = batch.repeated(rows, self._rows_each(batch, result.shape[self.batch_axis]))
+        each = batch.rows_each(result.shape[self.batch_axis], self._title)
+        rows = self._site.delta_rows(batch.table_rows(self._site.number, result.device, each))
         shape = [1] * result.dim()
         shape[self.batch_axis], shape[self.channel_axis] = rows.shape
         return result.add_(rows.view(shape))
@@ -142,9 +137,6 @@ class BankedLayer:
             if rows[site.number]:
                 result = result + site.effective(rows[site.number], None, result.dtype)
         return result
-
-    def _rows_each(self, batch: Batch, rows: int) -> int:
-        return batch.rows_each(rows, f"{self.path} ({self._stock.__name__})")
 
     def _dtype(self, base: torch.Tensor | None) -> torch.dtype:
         if base is not None:

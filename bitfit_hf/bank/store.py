@@ -153,7 +153,13 @@ class TaskStore:
     # --- changes; all with `writing` held ---
 
     def bring_in(self, task: BankTask, read: Callable[[], BiasDelta], keep: Container[str] = ()) -> None:
-        """Loads a task, dropping others, those in `keep` excepted, where there are too many."""
+        """Loads a task, new or known, dropping others where there are too many.
+
+        Args:
+            task ([`BankTask`]): The task; requests find it once it is in memory.
+            read (`Callable`): Reads its delta.
+            keep (`Container[str]`, *optional*): Names of those that are not dropped.
+        """
         with self._state:
             self._make_room(keep)
             self._occupied += 1
@@ -168,6 +174,7 @@ class TaskStore:
             self._clock += 1
             task.used = self._clock
             task.loaded = loaded
+            self.tasks[task.name] = task
 
     def check_room(self) -> None:
         """Raises [`TaskBankError`] where all that are in memory have to stay."""
@@ -202,11 +209,6 @@ class TaskStore:
         self._leaving -= 1
         self._occupied -= 1
         self._state.notify_all()
-
-    def enter(self, task: BankTask) -> None:
-        """Makes a task, in memory already, known by its name."""
-        with self._state:
-            self.tasks[task.name] = task
 
     def remove(self, name: str) -> None:
         """Forgets a task."""

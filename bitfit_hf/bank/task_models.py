@@ -16,12 +16,12 @@ from ..config import BitFitConfig
 from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, BitFitError, DeltaMismatchError, TaskBankError, collect
 from ..storage.fingerprint import OnMismatch, check_base
-from ..terms import head_modules
+from ..terms import head_modules, part_of, part_tensors
 from ..terms.structure import walk
 from ..terms.tasks import BY_PEFT_NAME, FEATURE_EXTRACTION, TASKS, library_class, task_of_class
 from ..tuner.reading import stock_class
 from .base import Base
-from .heads import run_head_of_each_task
+from .heads import HeadParameter, read_parameter_of_the_task, run_head_of_each_task
 from .padding import Padding
 from .sites import Site
 
@@ -32,7 +32,7 @@ class TaskModel:
     Args:
         base ([`Base`]): The bank's base.
         model (`PreTrainedModel`): The class, on the base's modules.
-        head (`Mapping[str, nn.Module]`): The head's leaf modules by path, on the meta device.
+        head (`Mapping[str, nn.Module]`): The head's parts by path, on the meta device.
     """
 
     def __init__(self, base: Base, model: PreTrainedModel, head: Mapping[str, nn.Module]) -> None:
@@ -43,6 +43,11 @@ class TaskModel:
         self.padding: Padding | None = None  # known once texts have been asked about
         self._base = base
         self._verified: list[dict[str, Any]] = []
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether its head can be run for one task at a time only."""
+        return any(isinstance(part, HeadParameter) for part in self.head.values())
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -98,7 +103,7 @@ class TaskModel:
         return sites
 
     def head_of(self, delta: BiasDelta) -> dict[str, nn.Module]:
-        """A task's own leaves.
+        """A task's own parts of the head.
 
         Raises:
             [`DeltaMismatchError`]: The delta's head is not that of this class.
@@ -107,9 +112,9 @@ class TaskModel:
         problems = []
         for path, pattern in self.head.items():
             tensors = {
-                name.removeprefix(f"{path}."): tensor.detach().clone()
+                name[len(path) + 1 :] or "value": tensor.detach().clone()
                 for name, tensor in delta.head.items()
-                if name.startswith(f"{path}.")
+                if part_of(name, [path])
             }
             own = pattern.state_dict()
             if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
@@ -247,13 +252,21 @@ def _make(base: Base, cls: type[PreTrainedModel], config: BitFitConfig, tokenize
         settings.pad_token_id = tokenizer.pad_token_id
     with torch.device("meta"):
         model: PreTrainedModel = cls(settings).eval()
-    head = {path: model.get_submodule(path).float() for path in head_modules(model)}
+    modules, paths = dict(walk(model)), head_modules(model)
+    tensors = part_tensors(model, paths)
+    head = {path: modules[path].float() if path in modules else HeadParameter(tensors[path].float()) for path in paths}
     _adopt(base, model, head)
-    for path, leaf in head.items():
+    for path, part in head.items():
         parent, _, name = path.rpartition(".")
-        own = copy.deepcopy(leaf).to_empty(device=base.device)  # for code that looks at its dtype or its device
+        owner = model.get_submodule(parent)
+        if isinstance(part, HeadParameter):
+            empty = torch.empty_like(part.value, dtype=base.model.dtype, device=base.device)
+            owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+            read_parameter_of_the_task(path, owner)
+            continue
+        own = copy.deepcopy(part).to_empty(device=base.device)  # for code that looks at its dtype or its device
         run_head_of_each_task(path, own)
-        setattr(model.get_submodule(parent), name, own)
+        setattr(owner, name, own)
     missing = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if missing:
         raise TaskBankError(

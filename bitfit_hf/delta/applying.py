@@ -31,6 +31,8 @@ from ..tuner.places import find_labels, find_places
 from ..tuner.token_rows import added_shapes
 from .applied_rows import AppliedRows, RowRecord
 
+Part = nn.Module | nn.Parameter  # of a head, see `bitfit_hf.terms.head_modules`
+
 
 @dataclass(frozen=True, eq=False)
 class AppliedDelta:
@@ -41,7 +43,8 @@ class AppliedDelta:
         name (`str`): Of its base, for messages.
         biases (`Mapping[str, list[Bias]]`): What it tunes, by the name of the tensor.
         deltas (`Mapping[str, torch.Tensor]`): `δ` by the same names.
-        head (`Mapping[str, Mapping[str, torch.Tensor]]`): For each leaf of the head its tensors.
+        head (`Mapping[str, Mapping[str, torch.Tensor]]`): For each part of the head its tensors, by their names in it;
+            that of a parameter is empty.
         labels ([`Labels`], *optional*): Those of the head.
         added ([`AppliedRows`], *optional*): Those of added tokens.
     """
@@ -65,7 +68,7 @@ class Ledger:
     def __init__(self, root: nn.Module) -> None:
         self._root = weakref.ref(root)
         self.applied: list[AppliedDelta] = []
-        self._leaves: dict[str, nn.Module] = {}  # the model's own, where a delta's stand in their place
+        self._own: dict[str, Part] = {}  # parts of the model's own head, where a delta's stand in their place
         self._rows = RowRecord()
         self._labels = _labels_of(root)
 
@@ -165,7 +168,8 @@ class Ledger:
         return delta if delta.labels is None else replace(delta, labels=labels)
 
     def _fit_head(self, layers: Mapping[str, nn.Module], delta: AppliedDelta) -> tuple[Labels | None, list[str]]:
-        missing = [path for path in delta.head if path not in layers]
+        parts = {path: _part(self.root, path) for path in delta.head}
+        missing = [path for path, part in parts.items() if part is None]
         if missing:
             name = type(self.root).__name__
             return None, [f"the head's {path} has no place: {name} has no such layer" for path in missing]
@@ -179,7 +183,7 @@ class Ledger:
         problems = []
         for path, tensors in delta.head.items():
             size = labels.num_labels if labels is not None and path == logits else None
-            own = float32_copy(layers[path], size).state_dict()
+            own = _state(parts[path] if path not in layers else float32_copy(layers[path], size))  # type: ignore[arg-type]
             if own.keys() != tensors.keys():
                 problems.append(f"the head's {path} holds {sorted(tensors)}, the model's {sorted(own)}")
                 continue
@@ -192,10 +196,11 @@ class Ledger:
         return labels, problems
 
     def _check_values_at_hand(self, modules: Mapping[str, nn.Module], delta: AppliedDelta) -> None:
-        owners = {group[0].module for group in delta.biases.values()} | set(delta.head)
+        owners = {group[0].module for group in delta.biases.values()}
+        owners |= {path if path in modules else path.rpartition(".")[0] for path in delta.head}
         owners |= {name.rpartition(".")[0] for name in (delta.added.tensors if delta.added is not None else ())}
         absent = [
-            f"{path}.{name} is {'on the meta device' if tensor.is_meta else 'split over devices'}"
+            f"{path}.{name} is {'on the meta device' if tensor.is_meta else 'split over devices'}".removeprefix(".")
             for path in sorted(owners)
             for name, tensor in modules[path].named_parameters(recurse=False)
             if tensor.is_meta or is_sharded(tensor)
@@ -237,17 +242,18 @@ class Ledger:
         headed = self._headed()
         if headed is not None:
             fits = True
-            for path, own in self._leaves.items():
-                leaf = self.root.get_submodule(path)
-                if _holds(leaf, headed.head.get(path, {})):
+            for path, own in self._own.items():
+                part = _part(self.root, path)
+                assert part is not None  # the delta was written into it
+                if _holds(part, headed.head.get(path, {})):
                     _put(self.root, path, own)
                 else:
-                    fits = fits and _shapes(leaf) == _shapes(own)
+                    fits = fits and _shapes(part) == _shapes(own)
             if fits and self._labels is not None and _labels_of(self.root) == headed.labels:
                 self._labels.give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
         self._rows.start_anew(self.root)
         self.applied.clear()
-        self._leaves.clear()
+        self._own.clear()
         self._labels = _labels_of(self.root)
         LEDGERS.pop(self.root, None)
 
@@ -264,12 +270,13 @@ class Ledger:
             self._rows.write(self.root, None if enlarged is None else enlarged.added)
         if headed is before[0]:
             return
-        for path, leaf in self._leaves.items():
-            _put(self.root, path, leaf)
+        for path, own in self._own.items():
+            _put(self.root, path, own)
         if headed is not None:
             for path, tensors in headed.head.items():
-                leaf = self._leaves.setdefault(path, self.root.get_submodule(path))
-                _put(self.root, path, _head_leaf(leaf, tensors))
+                part = _part(self.root, path)
+                assert part is not None  # `check` has seen to it
+                _put(self.root, path, _tuned_part(self._own.setdefault(path, part), tensors))
         if self._labels is not None:
             given = None if headed is None else headed.labels
             (given or self._labels).give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
@@ -320,28 +327,43 @@ def _row_problems(added: AppliedRows, wanted: Mapping[str, tuple[int, ...]]) -> 
     ]
 
 
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+def _part(root: nn.Module, path: str) -> Part | None:
     parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
+    owner = dict(walk(root)).get(parent)
+    if owner is None:
+        return None
+    module = owner._modules.get(name)
+    return owner._parameters.get(name) if module is None else module
 
 
-def _holds(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    own = leaf.state_dict()
+def _put(root: nn.Module, path: str, part: Part) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, part)
+
+
+def _state(part: Part) -> dict[str, torch.Tensor]:
+    return {"": part} if isinstance(part, nn.Parameter) else part.state_dict()
+
+
+def _holds(part: Part, tensors: Mapping[str, torch.Tensor]) -> bool:
+    own = _state(part)
     return own.keys() == tensors.keys() and all(
         own[key].shape == value.shape and torch.equal(own[key], value.to(own[key])) for key, value in tensors.items()
     )
 
 
-def _shapes(leaf: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in leaf.state_dict().items()}
+def _shapes(part: Part) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _state(part).items()}
 
 
 def _output_axis(leaf: nn.Module) -> int:
     return 1 if isinstance(leaf, Conv1D) else 0
 
 
-def _head_leaf(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of the model's own leaf, with the delta's tensors in the model's dtype."""
+def _tuned_part(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> Part:
+    """A copy of the model's own leaf or parameter, with the delta's tensors in the model's dtype."""
+    if isinstance(leaf, nn.Parameter):
+        return nn.Parameter(tensors[""].to(leaf, copy=True), requires_grad=leaf.requires_grad)
     own = leaf.state_dict()
     clone: nn.Module
     if any(own[key].shape != tensor.shape for key, tensor in tensors.items()):

@@ -106,6 +106,7 @@ def stock_files(
     trained_on, base_rows = delta.config.base_model_name_or_path, base_rows_of(root, delta.config)
     if not isinstance(delta_or_model, nn.Module):
         check_base(root, delta.config.base_fingerprint, delta_base=trained_on, base_rows=base_rows)
+    _refuse_parameters(root, delta)
     biases = [bias for group in delta.biases.values() for bias in group]
     find_places(root, biases, delta.config.modules_to_save or [], base=trained_on, base_rows=base_rows)
     _refuse_shared_tokens(root, delta)
@@ -167,6 +168,16 @@ def _refuse_added(delta: BiasDelta) -> None:
             f"This delta gives biases to layers that have none in the base:{collect(added)}\nStock PEFT has no place "
             "for them. Share the delta itself, or a merged copy (`merge_and_unload`) where the architecture has a "
             "switch for biases."
+        )
+
+
+def _refuse_parameters(root: nn.Module, delta: BiasDelta) -> None:
+    modules = dict(walk(root))
+    parameters = [name for name in delta.config.modules_to_save or [] if name not in modules]
+    if parameters:
+        raise StockExportError(
+            f"The head of {type(root).__name__} has parameters that lie in no module:{collect(parameters)}\nStock "
+            "PEFT saves modules only. Share the delta itself, or a merged copy (`merge_and_unload`)."
         )
 
 

@@ -27,7 +27,7 @@ from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.fetch import fetch_delta
 from ..storage.files import KEY_PREFIX, check_values, digest, is_added, read_pair, write_pair
 from ..storage.fingerprint import OnMismatch, check_base, fingerprint
-from ..terms import Bias, find_biases, head_modules
+from ..terms import Bias, SavedNames, find_biases, head_modules, part_of, part_tensors
 from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
 from ..terms.token_tensors import check_rows, vocabulary_size
@@ -90,6 +90,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     ) -> None:
         self.config = config
         self.head = dict(head or {})
+        if config.modules_to_save is not None:
+            config.modules_to_save = SavedNames(config.modules_to_save).without_peft_names(self.head)
         self.added = dict(added or {})
         self.biases = _group(decode_layout(config.bias_layout or {}))
         self._tensors = {name: tensors[name] for name in self.biases if name in tensors}
@@ -260,9 +262,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             base_vocab_size=None if tokens is None else tokens.start,
         )
         head = {
-            f"{path}.{name}": _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
-            for path in head_names
-            for name, tensor in tuned_layers[path].state_dict().items()
+            name: _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
+            for name, tensor in part_tensors(tuned, head_names).items()
         }
         result = cls(deltas, config=config, head=head, added=added, where="the tuned model")
         result.extraction_error = max(errors)
@@ -423,9 +424,9 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         config, leaves = self.config, self.config.modules_to_save or []
         head: dict[str, dict[str, torch.Tensor]] = {path: {} for path in leaves}
         for name, tensor in self.head.items():
-            path = leaf_of(name, leaves)
+            path = part_of(name, leaves)
             assert path is not None  # checked when the delta was made
-            head[path][name.removeprefix(f"{path}.")] = tensor.clone()
+            head[path][name[len(path) + 1 :]] = tensor.clone()
         labels = None
         if head and config.num_labels is not None:
             labels = Labels(config.num_labels, dict(config.id2label or {}), config.problem_type)
@@ -586,7 +587,7 @@ def _check_tensors(
         wanted = group[0].shape if size == math.prod(group[0].shape) else (size,)
         if name in tensors and tuple(tensors[name].shape) != wanted:
             problems.append(f"{name} has shape {list(tensors[name].shape)} instead of {list(wanted)}")
-    owners = {name: leaf_of(name, leaves) for name in head}
+    owners = {name: part_of(name, leaves) for name in head}
     problems += [f"{name} is not expected" for name, owner in owners.items() if owner is None]
     problems += [f"the head's {leaf} is missing" for leaf in leaves if leaf not in owners.values()]
     if problems:
@@ -618,7 +619,7 @@ def _check_only_biases_differ(
 ) -> None:
     problems = []
     for name, tensor in after.items():
-        if name in biases or leaf_of(name, head) is not None:
+        if name in biases or part_of(name, head) is not None:
             continue
         if name not in before:
             problems.append(f"{name} is not in the base")
@@ -632,7 +633,7 @@ def _check_only_biases_differ(
         for name in sorted(biases)
         if name in before and before[name].shape != after[name].shape
     ]
-    problems += [f"{n} is not in the tuned model" for n in before if n not in after and leaf_of(n, head) is None]
+    problems += [f"{n} is not in the tuned model" for n in before if n not in after and part_of(n, head) is None]
     if problems:
         raise DeltaMismatchError(
             f"These checkpoints differ in more than biases and head, so no bias delta leads from one to the other:"

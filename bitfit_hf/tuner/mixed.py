@@ -110,8 +110,10 @@ class MixedBatch:
 def check_number(adapter_names: Sequence[str], batch: int | None) -> None:
     """Raises [`AdapterNameError`] if there is not one name for each example; a batch of `None` has no known size."""
     if batch is not None and batch != len(adapter_names):
-        raise AdapterNameError(
-            f"`adapter_names` has {len(adapter_names)} names for a batch of {batch} examples; give one for each."
+        raise AdapterNameError(  # in PEFT's words at first, which people look for
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {batch} respectively: `adapter_names` has {len(adapter_names)} names for a "
+            f"batch of {batch} examples; give one for each."
         )
 
 
@@ -128,7 +130,8 @@ def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str]) -> N
     unknown = sorted({str(name) for name in adapter_names} - {*known, BASE})
     if unknown:
         raise AdapterNameError(
-            f"`adapter_names` asks for {unknown}, but the model has the adapters {sorted(known)}. "
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has the adapters "
+            f"{sorted(known)}. "
             f'Load them first (`model.load_adapter(…, adapter_name="{unknown[0]}")`), or use "{BASE}" for the base.'
         )
 

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from ..backends.quantized import keep_trainable
 from ..backends.sharded import gathered
-from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
+from ..errors import AdapterNameError, DeltaMismatchError, MixedBatchError
 from ..storage.files import KEY_PREFIX
 from ..terms import Bias
-from ..terms.structure import stock_module
+from ..terms.structure import HOLDER, stock_module
 from ..terms.token_tensors import check_rows, keep_rows, note_rows, restore_rows, set_rows
 from .added_tokens import AddedTokens
 from .head import BitFitHead
+from .head_parameter import HeadParameter
 from .layer import PREFIX, BitFitLayer
 from .loading import loading_in_progress
 from .merging import prepare_merge
@@ -36,10 +37,10 @@ from .state import (
     head_leaves,
     head_tensors,
     load_tensors,
-    put,
     read_labels,
     remove_adapter,
     stock_path,
+    take_out,
     tuned_layers,
 )
 from .token_rows import TokenRows, token_layers
@@ -207,13 +208,19 @@ class BitFitModel(BaseTuner):
         for path in plan.head:
             parent_path, _, name = path.rpartition(".")
             parent = resolve(model, parent_path)
-            leaf = parent._modules[name]
-            assert leaf is not None
+            module = parent._modules.get(name)
+            if module is None:  # a parameter
+                name = HOLDER + name
+                module = parent._modules.get(name)
             size = plan.labels.num_labels if plan.labels is not None and path == plan.logits else None
-            if isinstance(leaf, BitFitHead):
+            if isinstance(module, BitFitHead):
+                leaf = module
                 leaf.update(adapter_name, num_labels=size)
             else:
-                leaf = BitFitHead(leaf, adapter_name, num_labels=size)
+                if module is None:
+                    leaf = HeadParameter(parent, name.removeprefix(HOLDER), adapter_name)
+                else:
+                    leaf = BitFitHead(module, adapter_name, num_labels=size, in_the_middle=path in plan.middle)
                 setattr(parent, name, leaf)
                 leaf.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
             if active:
@@ -246,9 +253,15 @@ class BitFitModel(BaseTuner):
         given = kwargs.get("input_ids")  # to `generate`, whose first forward may be that of an encoder alone
         check_number(adapter_names, None if given is None else len(given))
         if self.training:
-            raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
+            raise MixedBatchError(
+                "Cannot pass `adapter_names` when the model is in training mode. It is for inference: call "
+                "`model.eval()` first."
+            )
         if any(layer.merged for _, layer in tuned_layers(self.model)):
-            raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
+            raise MixedBatchError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. It "
+                "needs the base's own biases."
+            )
         parts = [module for module in self.modules() if isinstance(module, (BitFitLayer, BitFitHead))]
         with MixedBatch(self.model, parts, adapter_names, sequences_per_example(kwargs)):
             yield
@@ -348,7 +361,7 @@ class BitFitModel(BaseTuner):
         for name, module in reversed(list(model.named_modules())):
             if isinstance(module, (BitFitLayer, BitFitHead)):
                 with onload_layer(module):
-                    put(model, name, module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+                    take_out(model, name, module, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
         restore_rows(model)
         vars(model).pop("peft_config", None)
         forget_configs(model)
@@ -374,9 +387,10 @@ class BitFitModel(BaseTuner):
                 deltas[key] = gathered(tensor).to(torch.float32)
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in deltas.items()}
         for path, leaf in head_leaves(model):
-            live = next(key for key in (f"{KEY_PREFIX}{path}", path) if _has(state_dict, key))
+            place = leaf.live_path(path)
+            live = next(key for key in (f"{KEY_PREFIX}{place}", place) if _has(state_dict, key))
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
-            saved |= {f"{path}.{k}": v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
+            saved |= {stock_path(f"{path}.{k}"): v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
         read_labels(model, adapter_name, config)
         config.about_to_save(saved)
         # PEFT goes on to look for token embeddings in this dictionary, its own selection of the one that was passed,

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMismatchError, collect
-from ..terms import Bias
+from ..terms import Bias, part_of
 from ..terms.base_bias import base_bias
 from ..terms.structure import shape_of, stock_root, walk
 from ..terms.survey import survey_model
@@ -47,13 +47,12 @@ def find_places(
     live: dict[str, Bias] = {}
     for found in survey_model(model).found:
         live.setdefault(found.bias.name, found.bias)
-    inside_head = tuple(f"{path}." for path in head)
     order = {name: number for number, name in enumerate(live)}
     places, problems = [], []
     for bias in layout:
         rows = (base_rows or {}).get(bias.name)
         problem = _problem(bias, layers.get(bias.module), live.get(bias.name), rows)
-        if bias.name.startswith(inside_head):
+        if part_of(bias.name, head) is not None:
             problem = "belongs to the head, which is saved whole"
         if problem is not None:
             problems.append(f"{bias.name} {problem}")
@@ -98,7 +97,7 @@ def find_labels(
 
     Args:
         model (`nn.Module`): The model.
-        head (`Sequence[str]`): The head's leaves.
+        head (`Sequence[str]`): The head's parts.
         num_labels (`int`, *optional*), id2label (`Mapping[int, str]`, *optional*), problem_type (`str`, *optional*):
             What is known of the labels; the rest is the model's.
 
@@ -116,9 +115,9 @@ def find_labels(
     # Another adapter's first batch may have settled the problem type that the model has at present.
     stock = next((found for _, leaf in head_leaves(root) if (found := leaf.labels_of(None)) is not None), own)
     labels = Labels(number, dict(names), problem_type or stock.problem_type)
-    leaves = {path: root.get_submodule(path) for path in head}
-    sizes = {path: _sizes(leaf) for path, leaf in leaves.items()}
-    logits = next((path for path in reversed(head) if own.num_labels in sizes[path]), None)
+    modules = dict(root.named_modules())
+    sizes = {path: _sizes(modules[path]) for path in head if path in modules}
+    logits = next((path for path in reversed(sizes) if own.num_labels in sizes[path]), None)
     if logits is None and labels.num_labels != own.num_labels:
         raise DeltaMismatchError(
             f"The adapter has {labels.num_labels} labels, but no layer of the head of {type(root).__name__} has "

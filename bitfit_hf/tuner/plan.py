@@ -20,7 +20,17 @@ from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.files import KEY_PREFIX
 from ..storage.fingerprint import check_base, fingerprint
-from ..terms import Bias, find_biases, head_modules, select_biases
+from ..terms import (
+    PEFT_NAMES,
+    Bias,
+    SavedNames,
+    class_head,
+    find_biases,
+    head_modules,
+    part_of,
+    part_tensors,
+    select_biases,
+)
 from ..terms.base_bias import overwritten
 from ..terms.structure import shape_of, stock_module, stock_root, walk
 from ..terms.tasks import library_class, peft_task_type
@@ -28,6 +38,7 @@ from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
 from .head import BitFitHead, Labels, float32_copy
 from .layer import PREFIX, BitFitLayer
 from .places import find_labels, find_places
+from .reading import owners
 from .state import check_fit, is_bitfit
 from .token_rows import TokenRows, added_shapes
 
@@ -41,7 +52,8 @@ class Plan:
     Args:
         biases (`list[Bias]`): What is tuned.
         parameters (`dict[str, tuple[str, ...]]`): For each module all biases that any adapter could tune there.
-        head (`list[str]`): Leaf modules of the head.
+        head (`list[str]`): Parts of the head, see [`head_modules`].
+        middle (`frozenset[str]`): Those of them that are no head by the model's class, so that layers may follow.
         labels ([`Labels`], *optional*): The adapter's labels, where there is a head.
         logits (`str`, *optional*): The leaf whose size is the number of labels.
         carrier (`str`, *optional*): The leaf that keeps the label names in step.
@@ -52,6 +64,7 @@ class Plan:
     biases: list[Bias]
     parameters: dict[str, tuple[str, ...]]
     head: list[str]
+    middle: frozenset[str]
     labels: Labels | None
     logits: str | None
     carrier: str | None
@@ -83,10 +96,10 @@ class Plan:
         if self.tokens is not None:
             with torch.device("meta"):
                 expected |= {name: torch.empty(shape) for name, shape in added_shapes(modules, self.tokens).items()}
-        for path in self.head:
-            labels = self.labels.num_labels if self.labels is not None and path == self.logits else None
-            for name, tensor in float32_copy(modules[path], labels).state_dict().items():
-                expected[f"{path}.{name}"] = tensor
+        expected |= part_tensors(model, self.head)
+        if self.logits is not None and self.labels is not None:
+            copy = float32_copy(modules[self.logits], self.labels.num_labels)
+            expected |= {f"{self.logits}.{name}": tensor for name, tensor in copy.state_dict().items()}
         check_fit(expected, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, where=where)
 
     def describe(self, config: BitFitConfig) -> None:
@@ -142,8 +155,10 @@ def make_plan(
     if only is not None:
         biases = _restrict(biases, only)
     modules = dict(model.named_modules(remove_duplicate=False))
+    targets = [bias.module for bias in biases]
     resized = [] if tokens is None else [path for paths in tokens.tensors.weights for path in paths]
-    _check_free(modules, [*(bias.module for bias in biases), *resized], head)
+    _check_free(modules, [*targets, *resized], head)
+    _check_read_once(model, targets, head)
     _check_not_split(model, biases)
 
     everywhere: dict[str, tuple[str, ...]] = {}
@@ -160,6 +175,7 @@ def make_plan(
         biases=biases if tokens is None else tokens.in_model(biases),
         parameters=parameters,
         head=head,
+        middle=frozenset(head).difference(class_head(model, config.task_type)),
         labels=labels,
         logits=logits,
         carrier=(logits or head[-1]) if labels is not None else None,
@@ -249,7 +265,7 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
     """A delta's head needs a model that has one; it is missing where a backbone or a language model is loaded."""
     if not config.pending or not config.modules_to_save:
         return
-    paths = {path for path, _ in walk(stock_root(model))}
+    paths = [path for path, _ in walk(stock_root(model))] + [name for name, _ in stock_root(model).named_parameters()]
     if not any(path == name or path.endswith(f".{name}") for name in config.modules_to_save for path in paths):
         names = [name for name in config.modules_to_save if "." in name] or config.modules_to_save
         raise DeltaMismatchError(
@@ -297,6 +313,20 @@ def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list
             )
 
 
+def _check_read_once(model: nn.Module, targets: list[str], head: list[str]) -> None:
+    """A parameter of the head, and the biases of the module that holds it, are read in the same way."""
+    modules = dict(walk(stock_root(model)))
+    for name in head:
+        path = name.rpartition(".")[0]
+        if name not in modules and (
+            path in targets or any(isinstance(owner, BitFitLayer) for owner in owners(modules[path]).values())
+        ):
+            raise UnsupportedLayerError(
+                f"{name} cannot be trained whole on a model in which biases of {path} are tuned. Leave {name} out of "
+                f"`modules_to_save`, or {path} out of the tuned modules with `exclude_modules`."
+            )
+
+
 def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
     """FSDP lends a layer its whole bias to compute with; under tensor parallelism a layer computes with its slice."""
     modules = dict(walk(stock_root(model)))
@@ -320,8 +350,8 @@ def _values(
     values: dict[str, Any] = {"bias_layout": encode_layout(biases if tokens is None else tokens.in_base(biases))}
     if tokens is not None:
         values["added_tokens"], values["base_vocab_size"] = tokens.count, tokens.start
-    if head:
-        values["modules_to_save"] = head
+    if head or config.task_type in PEFT_NAMES:
+        values["modules_to_save"] = SavedNames(head)  # also an empty list is proof against what PEFT appends
     if labels is not None:
         values["num_labels"] = labels.num_labels
         values["id2label"] = dict(labels.id2label)
@@ -349,15 +379,13 @@ def num_base_parameters(model: nn.Module, head: list[str], *, base_rows: Mapping
 
     Of tensors in `base_rows`, see [`fingerprint`], so many rows count.
     """
-    leaves = tuple(f"{path}." for path in head)
     parameters: dict[int, int] = {}
     for path, module in walk(stock_root(model)):
-        if not f"{path}.".startswith(leaves):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    count = _numel(parameter)
-                    rows = (base_rows or {}).get(f"{path}.{name}")
-                    parameters[id(parameter)] = count if rows is None else count // shape_of(parameter)[0] * rows
+        for own_name, parameter in module._parameters.items():
+            name = f"{path}.{own_name}" if path else own_name
+            if parameter is not None and part_of(name, head) is None:
+                count, rows = _numel(parameter), (base_rows or {}).get(name)
+                parameters[id(parameter)] = count if rows is None else count // shape_of(parameter)[0] * rows
     return sum(parameters.values())
 
 

@@ -410,13 +410,15 @@ def savings(making: str) -> list[str]:
 
 
 def loadings(task: Task, saving: str) -> list[str]:
-    """The ways of loading what was saved: some tasks have no pipeline, and only one saving adds `stock/`."""
+    """The ways of loading what was saved."""
     has_stock_form = task.has_stock_form and saving == "bitfit_hf.push_to_hub"
-    return [
-        name
-        for name in LOADINGS
-        if (name != "pipeline" or task.tag) and (not name.startswith("stock/") or has_stock_form)
-    ]
+    left_out = {
+        "pipeline": task.tag is None,
+        "TaskBank.add_task": task.new_tokens > 0,  # the tasks of a bank share one table of token embeddings
+        "stock/ by AutoModelFor…": not has_stock_form,
+        "stock/ by PeftModel": not has_stock_form,
+    }
+    return [name for name in LOADINGS if not left_out.get(name)]
 
 
 def cells() -> Iterator[tuple[str, str, str, str]]:

@@ -653,6 +653,29 @@ def test_errors_of_adding(setting, tmp_path):
     refused(bank, DeltaFormatError, "damaged", lambda: bank.add_task("b", tmp_path / "torn"))
 
 
+def test_deltas_without_a_head_need_the_class_that_they_were_trained_in():
+    """Such a delta relies on the output layer that came with the checkpoint."""
+    masked = ARCHITECTURES["bert-masked_lm"]
+    delta = tuned_pair(masked, 1)[1]
+
+    class Own(transformers.BertForMaskedLM):
+        pass
+
+    base = randomize_(Own(masked.build().config).eval())
+    bank = TaskBank(base)
+    bank.add_task("a", delta)
+    assert bank.describe("a")[0] == "Own"
+    old = copy.deepcopy(delta)  # before the class was recorded
+    old.config.auto_mapping, old.config.task_type = None, "CAUSAL_LM"
+    refused(bank, TaskBankError, "BertLMHeadModel", lambda: bank.add_task("b", old))
+    causal = ARCHITECTURES["gpt2-causal_lm"]
+    old = tuned_pair(causal, 1)[1]
+    old.config.auto_mapping, old.config.task_type = None, "CAUSAL_LM"
+    bank = TaskBank(randomize_(causal.build()))
+    bank.add_task("a", old)
+    assert bank.describe("a")[0] == "GPT2LMHeadModel"
+
+
 def test_another_base_can_be_allowed(setting):
     bank = TaskBank(setting.base)
     other = random_delta(randomize_(bert_base(), seed=9), "sequence-2", seed=1)
