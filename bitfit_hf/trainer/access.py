@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,31 @@ def trainer_being_made() -> Trainer | None:
 
 
 def around(trainer: Trainer, method: str, wrapper: Callable[..., Any]) -> None:
-    """Has `wrapper(original, ...)` called in place of a method of this one Trainer.
+    """Has `wrapper(trainer, original, ...)` called in place of a method of this one Trainer.
 
     Args:
         trainer ([`~transformers.Trainer`]): The Trainer, of any subclass.
         method (`str`): The method's name.
-        wrapper (`Callable`): Takes the original method, bound to the Trainer, and then its arguments.
+        wrapper (`Callable`): Takes the Trainer, its original method, and the method's arguments.
     """
-    original = getattr(trainer, method)
-    vars(trainer)[method] = functools.wraps(original)(functools.partial(wrapper, original))
+    vars(trainer)[method] = _Replaced(trainer, method, wrapper, vars(trainer).get(method))
+
+
+class _Replaced:
+    # Holds the Trainer weakly, so that this makes no cycle and the Trainer is freed as any other. Can be pickled with
+    # it, as a search for hyperparameters with Ray does.
+    def __init__(
+        self, trainer: Trainer, method: str, wrapper: Callable[..., Any], before: Callable[..., Any] | None
+    ) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._method = method
+        self._wrapper = wrapper
+        self._before = before  # what stood there, such as that of a second callback
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer()
+        original = self._before or functools.partial(getattr(type(trainer), self._method), trainer)
+        return self._wrapper(trainer, original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Replaced, (self._trainer(), self._method, self._wrapper, self._before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import weakref
@@ -21,19 +22,31 @@ from ..terms import SYMBOLS, TERMS
 from ..terms.structure import stock_root
 from ..terms.token_tensors import check_rows
 from ..training_run import TrainingRun, evaluation_metrics, training_run
-from ..tuner.state import is_bitfit, tuned_layers
+from ..tuner.state import is_bitfit
 from .access import around, trainer_being_made
 from .checkpoints import accept_checkpoints, check_resumable, is_ours, saved_as_own, write_checkpoint
 from .checks import (
     adapter_configs,
+    check_active,
     check_arguments,
+    check_same_selection,
+    computes_with,
+    refuse_best_of_named_adapter,
     refuse_other_methods,
     refuse_sentence_model,
     refuse_sharding_in_place,
     sharding_engine,
 )
 from .gradient_checkpointing import let_gradients_through
-from .parameter_groups import base_rates, check_optimizer, create_optimizer, trainable_deltas, trainable_head
+from .parameter_groups import (
+    base_rates,
+    check_optimizer,
+    create_optimizer,
+    made_by_trainer,
+    optimizer_groups,
+    trainable_deltas,
+    trainable_head,
+)
 from .push import check_base_name, check_card_place, prepare_push
 
 if TYPE_CHECKING:
@@ -45,9 +58,6 @@ logger = logging.getLogger(__name__)
 
 # The paper searched the grid 1e-4, 4e-4, 7e-4, 1e-3. A rate for full fine-tuning leaves the biases where they are.
 LOWEST_SENSIBLE_RATE = 1e-4
-
-# What a configuration says about the selection; the rest is found out at injection.
-_SELECTION = ("bias_terms", "target_modules", "exclude_modules", "layers_to_transform", "add_missing_biases")
 
 
 class BitFitCallback(TrainerCallback):
@@ -114,11 +124,23 @@ class BitFitCallback(TrainerCallback):
         self.head_learning_rate = None if head_learning_rate is None else float(head_learning_rate)
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
+        self._warned: list[float] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """What belongs to the models of this process."""
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._saved_to: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
         self._first_step = False
         self._hooks: list[RemovableHandle] = []
-        self._warned: list[float] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_prepared", "_saved_to", "_first_step", "_hooks")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     # --- setting up ---
 
@@ -139,39 +161,51 @@ class BitFitCallback(TrainerCallback):
             self._join(trainer)
 
     def _join(self, trainer: Trainer) -> None:
-        """Replaces those methods of the Trainer that have no event, or one that comes too late."""
+        """Has a say in what the Trainer does without an event, or before the one that it sends."""
+        around(trainer, "call_model_init", self._call_model_init)
+        around(trainer, "create_optimizer", self._create_optimizer)
+        around(trainer, "_load_from_checkpoint", self._load_from_checkpoint)
+        around(trainer, "save_model", self._save_model)
 
-        def call_model_init(original: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-            model = original(*args, **kwargs)
-            self._prepare(model, trainer.args)
-            return model
+    def _call_model_init(
+        self, trainer: Trainer, original: Callable[..., nn.Module], *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        model = original(*args, **kwargs)
+        self._prepare(model, trainer.args)
+        return model
 
-        def make_optimizer(original: Callable[..., torch.optim.Optimizer], *args: Any, **kwargs: Any) -> Any:
-            return create_optimizer(original, trainer, *args, head_learning_rate=self.head_learning_rate, **kwargs)
+    def _create_optimizer(self, trainer: Trainer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return create_optimizer(original, trainer, self._groups(trainer.args), *args, **kwargs)
 
-        def load_from_checkpoint(original: Callable[..., None], checkpoint: str, *args: Any, **kwargs: Any) -> None:
-            assert trainer.model is not None
-            check_resumable(trainer.model, self.adapter_name, checkpoint)
-            original(checkpoint, *args, **kwargs)
+    def _load_from_checkpoint(
+        self, trainer: Trainer, original: Callable[..., None], resume_from_checkpoint: str, *args: Any, **kwargs: Any
+    ) -> None:
+        assert trainer.model is not None  # it is about to be trained
+        check_resumable(trainer.model, self.adapter_name, resume_from_checkpoint)
+        original(resume_from_checkpoint, *args, **kwargs)
 
-        def save_model(
-            original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any
-        ) -> None:
-            if trainer.model is None:
-                raise TrainerSetupError(
-                    "The Trainer has no model to save: a search for hyperparameters releases the model of each trial. "
-                    "Set the best run's values on `trainer.args`, and `train()` again."
-                )
-            folder = self._saved_to[trainer.model] = Path(output_dir or str(trainer.args.output_dir))
-            if isinstance(trainer.model, PeftModel):
-                check_card_place(folder)
-            with saved_as_own(trainer.model, self.adapter_name):
-                original(output_dir, *args, **kwargs)
+    def _save_model(
+        self, trainer: Trainer, original: Callable[..., None], output_dir: str | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if trainer.model is None:
+            raise TrainerSetupError(
+                "The Trainer has no model to save: a search for hyperparameters releases the model of each trial. Set "
+                "the best run's values on `trainer.args`, and `train()` again."
+            )
+        folder = self._saved_to[trainer.model] = Path(output_dir or str(trainer.args.output_dir))
+        if isinstance(trainer.model, PeftModel):
+            check_card_place(folder)
+        with saved_as_own(trainer.model, self.adapter_name):
+            original(output_dir, *args, **kwargs)
 
-        around(trainer, "call_model_init", call_model_init)
-        around(trainer, "create_optimizer", make_optimizer)
-        around(trainer, "_load_from_checkpoint", load_from_checkpoint)
-        around(trainer, "save_model", save_model)
+    def _groups(self, args: TrainingArguments) -> Callable[[nn.Module], list[dict[str, Any]]]:
+        """Makes a model's parameter groups, with the rates that are asked for at present."""
+        return functools.partial(
+            optimizer_groups,
+            learning_rate=args.learning_rate,
+            head_learning_rate=self.head_learning_rate,
+            weight_decay=args.weight_decay,
+        )
 
     def _prepare(self, model: nn.Module, args: TrainingArguments) -> None:
         check_arguments(args)
@@ -180,11 +214,11 @@ class BitFitCallback(TrainerCallback):
         refuse_sharding_in_place(model, args)
         if args.push_to_hub:
             check_base_name(model, self.adapter_name, self.config)
-        self._refuse_best_of_named_adapter(model, args)
+        refuse_best_of_named_adapter(model, args, self.adapter_name)
         if not is_bitfit(model) or self.adapter_name not in adapter_configs(model):
             self._inject(model, args)
         else:
-            self._check_same_selection(model)
+            check_same_selection(model, self.adapter_name, self.config)
         self._activate(model)
         accept_checkpoints(model)
         self._prepared.add(model)
@@ -204,31 +238,6 @@ class BitFitCallback(TrainerCallback):
         config = BitFitConfig() if self.config is None else copy.deepcopy(self.config)
         config.new()  # read from a delta's file it would wait for that delta's tensors
         return config
-
-    def _refuse_best_of_named_adapter(self, model: nn.Module, args: TrainingArguments) -> None:
-        if args.load_best_model_at_end and isinstance(model, PeftModel) and self.adapter_name != "default":
-            raise TrainerSetupError(
-                f"`load_best_model_at_end` would not load the adapter {self.adapter_name!r}: PEFT saves every adapter "
-                'of a wrapped model but "default" in a folder of its own, where the Trainer does not look. Name the '
-                'adapter "default", or pass the Trainer the stock model: the callback injects an adapter of any name.'
-            )
-
-    def _check_same_selection(self, model: nn.Module) -> None:
-        if self.config is None:
-            return
-        present = adapter_configs(model)[self.adapter_name]
-        other = {
-            name: (getattr(self.config, name), getattr(present, name))
-            for name in _SELECTION
-            if getattr(self.config, name) != getattr(present, name)
-        }
-        if other:
-            listed = ", ".join(f"{name}={wanted!r} (the model has {has!r})" for name, (wanted, has) in other.items())
-            raise TrainerSetupError(
-                f"The model has an adapter {self.adapter_name!r} already, which tunes something else than the "
-                f"callback's config asks for: {listed}. Leave out the config, choose another `adapter_name`, or load "
-                "a fresh base."
-            )
 
     def _activate(self, model: nn.Module) -> None:
         """Makes the adapter the active one, and trainable also if it was loaded for inference."""
@@ -253,11 +262,11 @@ class BitFitCallback(TrainerCallback):
         sharded = sharding_engine(args) is not None
         self._check_model(model, sharded=sharded)
         if optimizer is not None and not sharded:
+            asked_for = self.head_learning_rate is not None or made_by_trainer(optimizer)
             check_optimizer(
                 model,
                 optimizer,
-                learning_rate=args.learning_rate,
-                head_learning_rate=self.head_learning_rate,
+                groups=self._groups(args) if asked_for else None,
                 resumed=state.global_step > 0,
             )
             if state.is_world_process_zero:
@@ -289,19 +298,7 @@ class BitFitCallback(TrainerCallback):
                 "The callback did not set up the model that the Trainer trains: the callback was added, or the model "
                 "replaced, after the Trainer was made. Pass both to `Trainer(model, callbacks=[BitFitCallback(...)])`."
             )
-        if self.adapter_name not in adapter_configs(model):
-            raise TrainerSetupError(
-                f"The model that the Trainer trains has no adapter {self.adapter_name!r}; it has "
-                f"{list(adapter_configs(model))}. Pass the same name to `get_peft_model` and to the callback."
-            )
-        layers = [layer for _, layer in tuned_layers(model)]
-        active = {name for layer in layers for name in layer.active_adapters}
-        if active != {self.adapter_name} or any(layer.disable_adapters or layer.merged for layer in layers):
-            raise TrainerSetupError(
-                f"The adapter {self.adapter_name!r} is not the one that the model computes with: active are "
-                f"{sorted(active)}, and none counts while adapters are disabled or merged. Make the Trainer after "
-                "`enable_adapters`, `unmerge_adapter` and after the Trainers of other adapters on this model are done."
-            )
+        check_active(model, self.adapter_name)
 
     def _warn_of_low_rate(self, rates: set[float]) -> None:
         low = min(rates, default=LOWEST_SENSIBLE_RATE)
@@ -389,8 +386,17 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         """Keeps the metrics for the model card."""
         run = None if model is None else _run_of(model, self.adapter_name)
-        if run is not None and metrics:
+        if model is None or run is None or not metrics:
+            return
+        if computes_with(model, self.adapter_name):
             run.add_evaluation(metrics, eval_dataloader)
+        else:
+            logger.warning(
+                "This evaluation was not of the Trainer's adapter %r, which is not the active one, so the model card "
+                "will not quote it. Call `model.set_adapter(%r)` first.",
+                self.adapter_name,
+                self.adapter_name,
+            )
 
     def on_train_end(
         self,

@@ -14,10 +14,13 @@ from ..config import BitFitConfig
 from ..errors import OptimizerError, TrainerSetupError
 from ..terms.structure import stock_root
 from ..tuner.layer import BitFitLayer
+from ..tuner.state import tuned_layers
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+# What a configuration says about the selection; the rest is found out at injection.
+_SELECTION = ("bias_terms", "target_modules", "exclude_modules", "layers_to_transform", "add_missing_biases")
 # Optimizers of the Trainer that arrange the parameters themselves, by how their names begin.
 _OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 
@@ -121,3 +124,69 @@ def refuse_sentence_model(model: nn.Module) -> None:
             f"{type(root).__name__} holds a transformers model, and its own library trains, saves and loads adapters "
             "of that one. Add the adapter with `model.add_adapter(BitFitConfig(...))`, and leave the callback out."
         )
+
+
+def refuse_best_of_named_adapter(model: nn.Module, args: TrainingArguments, adapter_name: str) -> None:
+    """Refuses `load_best_model_at_end` where the Trainer would not find the adapter.
+
+    Raises:
+        [`TrainerSetupError`]: It would not.
+    """
+    if args.load_best_model_at_end and isinstance(model, PeftModel) and adapter_name != "default":
+        raise TrainerSetupError(
+            f"`load_best_model_at_end` would not load the adapter {adapter_name!r}: PEFT saves every adapter of a "
+            'wrapped model but "default" in a folder of its own, where the Trainer does not look. Name the adapter '
+            '"default", or pass the Trainer the stock model: the callback injects an adapter of any name.'
+        )
+
+
+def check_same_selection(model: nn.Module, adapter_name: str, config: BitFitConfig | None) -> None:
+    """Checks that an adapter that the model has already tunes what a callback's configuration asks for.
+
+    Raises:
+        [`TrainerSetupError`]: It tunes something else.
+    """
+    if config is None:
+        return
+    present = adapter_configs(model)[adapter_name]
+    other = {
+        name: (getattr(config, name), getattr(present, name))
+        for name in _SELECTION
+        if getattr(config, name) != getattr(present, name)
+    }
+    if other:
+        listed = ", ".join(f"{name}={wanted!r} (the model has {has!r})" for name, (wanted, has) in other.items())
+        raise TrainerSetupError(
+            f"The model has an adapter {adapter_name!r} already, which tunes something else than the callback's "
+            f"config asks for: {listed}. Leave out the config, choose another `adapter_name`, or load a fresh base."
+        )
+
+
+def check_active(model: nn.Module, adapter_name: str) -> None:
+    """Checks that the model computes with the adapter that is to be trained, and with no other.
+
+    Raises:
+        [`TrainerSetupError`]: It does not.
+    """
+    if adapter_name not in adapter_configs(model):
+        raise TrainerSetupError(
+            f"The model that the Trainer trains has no adapter {adapter_name!r}; it has "
+            f"{list(adapter_configs(model))}. Pass the same name to `get_peft_model` and to the callback."
+        )
+    layers = [layer for _, layer in tuned_layers(model)]
+    active = {name for layer in layers for name in layer.active_adapters}
+    if active != {adapter_name} or any(layer.disable_adapters or layer.merged for layer in layers):
+        raise TrainerSetupError(
+            f"The adapter {adapter_name!r} is not the one that the model computes with: active are {sorted(active)}, "
+            "and none counts while adapters are disabled or merged. Make the Trainer after `enable_adapters`, "
+            "`unmerge_adapter` and after the Trainers of other adapters on this model are done."
+        )
+
+
+def computes_with(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the model computes with this adapter and no other, be it merged or not."""
+    layers = [layer for _, layer in tuned_layers(model)]
+    return all(
+        not layer.disable_adapters and set(layer.merged_adapters or layer.active_adapters) == {adapter_name}
+        for layer in layers
+    )

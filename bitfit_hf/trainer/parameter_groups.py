@@ -15,6 +15,8 @@ from ..tuner.state import delta_parameters, head_leaves, tuned_layers
 if TYPE_CHECKING:
     from transformers import Trainer
 
+Groups = Callable[[nn.Module], list[dict[str, Any]]]
+
 
 def optimizer_groups(
     model: nn.Module,
@@ -93,8 +95,7 @@ def check_optimizer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    learning_rate: float | None = None,
-    head_learning_rate: float | None = None,
+    groups: Groups | None = None,
     resumed: bool = False,
 ) -> None:
     """Checks that `optimizer` trains the deltas and the head of `model`, nothing else, and decays no delta.
@@ -102,9 +103,8 @@ def check_optimizer(
     Args:
         model (`nn.Module`): With a BitFit adapter injected.
         optimizer (`torch.optim.Optimizer`): Or a wrapper with `param_groups`.
-        learning_rate (`float`, *optional*), head_learning_rate (`float`, *optional*):
-            The rates that were asked for. The groups have to show them where a rate for the head is among them, and
-            where the Trainer has made the optimizer; one of the user's own brings its rates along.
+        groups (`Callable`, *optional*):
+            Makes the groups that were asked for, whose rates `optimizer` has to use.
         resumed (`bool`, *optional*, defaults to `False`): Whether the groups' values come from a checkpoint.
 
     Raises:
@@ -143,14 +143,12 @@ def check_optimizer(
             "Leave the base frozen. An optimizer of your own has to be made from `bitfit_hf.optimizer_groups(model, "
             "learning_rate, …)`, after `model = get_peft_model(model, BitFitConfig(...))`."
         )
-    made = getattr(optimizer, "optimizer", optimizer) in _made  # accelerate wraps it
-    if learning_rate is not None and (made or head_learning_rate is not None):
-        asked = optimizer_groups(model, learning_rate, head_learning_rate=head_learning_rate)
-        problems = list(dict.fromkeys(_other_rates(asked, held)))
+    if groups is not None:
+        problems = list(dict.fromkeys(_other_rates(groups(model), held)))
     if problems:
+        remedy = _RESUMED if resumed else _KEPT if made_by_trainer(optimizer) else _OWN
         raise OptimizerError(
-            f"The optimizer's parameter groups do not use the rates that were asked for:{collect(problems)}\n"
-            + (_RESUMED if resumed else _KEPT if made else _OWN)
+            f"The optimizer's parameter groups do not use the rates that were asked for:{collect(problems)}\n{remedy}"
         )
 
 
@@ -195,12 +193,13 @@ _made: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _GROUPS = ("params", "model", "optimizer_dict")
 
 
+def made_by_trainer(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a Trainer has made `optimizer`, or what accelerate has wrapped in it, with BitFit's groups."""
+    return getattr(optimizer, "optimizer", optimizer) in _made
+
+
 def create_optimizer(
-    create: Callable[..., torch.optim.Optimizer],
-    trainer: Trainer,
-    *args: Any,
-    head_learning_rate: float | None = None,
-    **kwargs: Any,
+    create: Callable[..., torch.optim.Optimizer], trainer: Trainer, groups: Groups, *args: Any, **kwargs: Any
 ) -> torch.optim.Optimizer:
     """Has a Trainer make its optimizer with BitFit's groups: they are right from the first step, also on resume.
 
@@ -211,8 +210,8 @@ def create_optimizer(
     Args:
         create (`Callable`): The Trainer's own `create_optimizer`.
         trainer ([`~transformers.Trainer`]): The Trainer.
-        args, kwargs: For `create`: in some versions and setups the model, where it is not the Trainer's.
-        head_learning_rate (`float`, *optional*): For the head; `args.learning_rate` by default.
+        groups (`Callable`): Makes the groups of a model.
+        args, kwargs: For `create`: the model, where it is not the Trainer's but that in FSDP's wrapper.
 
     Returns:
         `torch.optim.Optimizer`: What `create` returns.
@@ -224,20 +223,15 @@ def create_optimizer(
     cls, values = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     if not isinstance(cls, type) or any(name in values for name in _GROUPS):
         return create(*args, **kwargs)
-    groups = optimizer_groups(
-        model,
-        trainer.args.learning_rate,
-        head_learning_rate=head_learning_rate,
-        weight_decay=trainer.args.weight_decay,
-    )
-    for group in groups:
+    made = groups(model)
+    for group in made:
         group["initial_lr"] = group["lr"]  # not every schedule notes it
-    trainer.optimizer_cls_and_kwargs = cls, {**values, "params": groups}
+    trainer.optimizer_cls_and_kwargs = cls, {**values, "params": made}
     try:
         optimizer = create(*args, **kwargs)
     finally:
         trainer.optimizer_cls_and_kwargs = None
-    if [group.get("name") for group in optimizer.param_groups] == [group["name"] for group in groups]:
+    if [group.get("name") for group in optimizer.param_groups] == [group["name"] for group in made]:
         optimizer.register_load_state_dict_pre_hook(_check_saved_groups)
         _made.add(optimizer)
     return optimizer

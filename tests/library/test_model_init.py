@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from peft import get_peft_model
 from trainer_tester import (
     IN_PLACE,
@@ -157,6 +160,40 @@ def test_a_late_callback_is_an_error(way: str, tmp_path: Path) -> None:
     trainer.add_callback(BitFitCallback())
     with pytest.raises(TrainerSetupError, match=r"callbacks=\[BitFitCallback"):
         trainer.train()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trainer_goes_to_another_process(way: str, tmp_path: Path) -> None:
+    """A search with Ray sends the Trainer to its workers, by this package."""
+    cloudpickle = pytest.importorskip("cloudpickle", reason="of the extra `recipes`")
+    GradientState._reset_state()  # after a training in this process accelerate keeps in it what cannot be sent
+    trainer = trainer_for(
+        None,
+        tmp_path,
+        BitFitCallback(head_learning_rate=HEAD_RATE),
+        options={"model_init": lambda: prepared(way, dropout=0.1)},
+    )
+    trainer.model = trainer.model_wrapped = None  # as the search does
+    sent = cloudpickle.loads(cloudpickle.dumps(trainer))
+    sent.train()
+    trainer.train()
+    assert sent.model is not trainer.model
+    assert same(tuned(sent.model), tuned(trainer.model))
+    assert [group["name"] for group in sent.optimizer.param_groups] == ["delta", "head", "head_no_decay"]
+
+
+def test_a_trainer_is_freed_like_any_other(tmp_path: Path) -> None:
+    for make in (stock_trainer, lambda model, args: trainer_for(model, tmp_path, args=args)):
+        trainer = make(fresh(), arguments(tmp_path))
+        trainer.train()
+        gc.collect()
+        gc.disable()
+        try:
+            seen = weakref.ref(trainer)
+            del trainer
+            assert seen() is None
+        finally:
+            gc.enable()
 
 
 # --- the search ---

@@ -134,3 +134,30 @@ def test_one_callback_keeps_its_trainers_apart(tmp_path: Path) -> None:
         trainer.save_model(str(tmp_path / str(number)))
         assert same(saved(tmp_path / str(number)), tuned(model, "task"))
         assert model.active_adapters() == ["other"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_card_quotes_evaluations_of_the_own_adapter_only(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, trainers = trained(way, tmp_path)
+    trainer = trainers["stance"]
+    model.set_adapter("stance")
+    loss = trainer.evaluate()["eval_loss"]
+    metrics = dict(model.peft_config["stance"].run.metrics)
+    assert metrics["loss"] == loss
+    assert not caplog.records
+
+    other = [{**row, "labels": row["labels"] % 2} for row in task_rows("stance")]
+    model.set_adapter("intent")
+    trainer.evaluate(other)
+    (record,) = caplog.records
+    assert "not of the Trainer's adapter 'stance'" in record.getMessage()
+    assert model.peft_config["stance"].run.metrics == metrics
+    model.set_adapter("stance")
+    for module in model.modules():
+        if hasattr(module, "bias_parameters"):
+            module.merge()
+    trainer.evaluate(other)  # merged it is the same task
+    assert model.peft_config["stance"].run.metrics != metrics
+    assert len(caplog.records) == 1

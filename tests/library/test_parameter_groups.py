@@ -145,11 +145,15 @@ def test_check_names_what_is_wrong() -> None:
 def test_check_compares_the_rates_that_were_asked_for() -> None:
     model = prepared(WRAPPED)
     optimizer = torch.optim.SGD(optimizer_groups(model, RATE, head_learning_rate=HEAD_RATE), lr=RATE)
-    check_optimizer(model, optimizer, learning_rate=RATE, head_learning_rate=HEAD_RATE)
+
+    def asked(rate: float, head_rate: float) -> Any:
+        return lambda model: optimizer_groups(model, rate, head_learning_rate=head_rate)
+
+    check_optimizer(model, optimizer, groups=asked(RATE, HEAD_RATE))
     with pytest.raises(OptimizerError, match=r"learning rate of the head: 0\.003 instead of 0.5"):
-        check_optimizer(model, optimizer, learning_rate=RATE, head_learning_rate=0.5)
+        check_optimizer(model, optimizer, groups=asked(RATE, 0.5))
     with pytest.raises(OptimizerError, match=r"learning rate of the deltas: 0\.01 instead of 0.5"):
-        check_optimizer(model, optimizer, learning_rate=0.5, head_learning_rate=HEAD_RATE)
+        check_optimizer(model, optimizer, groups=asked(0.5, HEAD_RATE))
 
 
 # --- weight decay in a Trainer ---
