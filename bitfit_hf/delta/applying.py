@@ -71,16 +71,20 @@ class Ledger:
 
     # --- what is there ---
 
-    def is_gone(self) -> bool:
+    def layers(self) -> dict[str, nn.Module]:
+        """The model's layers by path, for the methods below. Not kept: a ledger must not keep its model alive."""
+        return dict(walk(self.root))
+
+    def is_gone(self, layers: Mapping[str, nn.Module]) -> bool:
         """Whether nothing is left of what was written, and the biases that are there are the base's own.
 
         Raises:
             [`DeltaMismatchError`]: A part of it is left; or something was written that this ledger knows nothing of.
         """
-        layers = dict(walk(self.root))
         left: list[str] = []
         gone: list[str] = []
-        for name in self._names():
+        names = self._names()
+        for name in names:
             path, _, parameter = name.rpartition(".")
             layer = layers.get(path)
             state = None if layer is None else found(layer, parameter)
@@ -92,7 +96,7 @@ class Ledger:
                 f"biases was changed or loaded afterwards, so neither b_0 nor b_0 + δ is there any more:"
                 f"{collect(f'{name} was changed' for name in gone)}\nLoad the base again, with all of its biases."
             )
-        foreign = sorted(set(overwritten(self.root)) - set(self._names()))
+        foreign = [name for name in overwritten(layers) if name not in names]
         if foreign:
             raise DeltaMismatchError(
                 f"This {type(self.root).__name__} holds a delta that was applied to a part of it, or to the model "
@@ -101,15 +105,14 @@ class Ledger:
             )
         return bool(gone)
 
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(name for delta in self.applied for name in delta.deltas))
+    def _names(self) -> dict[str, None]:
+        return dict.fromkeys(name for delta in self.applied for name in delta.deltas)
 
     # --- checking ---
 
-    def fit(self, delta: AppliedDelta) -> AppliedDelta:
+    def fit(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> AppliedDelta:
         """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels."""
         model = self.root
-        layers = dict(walk(model))
         biases = [bias for group in delta.biases.values() for bias in group]
         for bias in find_places(model, biases, list(delta.head), base=delta.name):
             layer = layers[bias.module]
@@ -171,27 +174,26 @@ class Ledger:
 
     # --- writing ---
 
-    def add(self, delta: AppliedDelta) -> None:
+    def add(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Writes `delta` into the model, beside those that are there."""
         before = self._headed()
         self.applied.append(delta)
-        self._write(before)
+        self._write(layers, before)
         LEDGERS[self.root] = self
 
-    def remove(self, delta: AppliedDelta) -> None:
+    def remove(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Takes `delta` out of the model."""
-        before, layers = self._headed(), dict(walk(self.root))
+        before = self._headed()
         self.applied.remove(delta)
-        for name in delta.deltas.keys() - set(self._names()):
+        for name in delta.deltas.keys() - self._names().keys():
             path, _, parameter = name.rpartition(".")
             put_back(layers[path], parameter)
-        self._write(before)
+        self._write(layers, before)
         if not self.applied:
             del LEDGERS[self.root]
 
-    def start_anew(self) -> None:
+    def start_anew(self, layers: Mapping[str, nn.Module]) -> None:
         """Forgets deltas that are gone. Their head is taken out where it is still there, and their labels with it."""
-        layers = dict(walk(self.root))
         for name in self._names():
             path, _, parameter = name.rpartition(".")
             if path in layers:
@@ -212,9 +214,8 @@ class Ledger:
         self._labels = _labels_of(self.root)
         LEDGERS.pop(self.root, None)
 
-    def _write(self, before: AppliedDelta | None) -> None:
+    def _write(self, layers: Mapping[str, nn.Module], before: AppliedDelta | None) -> None:
         """Writes the sum of the deltas over the base, and the last head, where that is no longer that of `before`."""
-        layers = dict(walk(self.root))
         with torch.no_grad():
             for name in self._names():
                 path, _, parameter = name.rpartition(".")
@@ -260,8 +261,9 @@ def ledger_of(model: nn.Module) -> Ledger:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether the biases of a stock model are not those of its base, since a delta was written into them."""
-    ledger = LEDGERS.get(stock_root(model))
-    return next(overwritten(model), None) is not None or (ledger is not None and not ledger.is_gone())
+    ledger = ledger_of(model)
+    layers = ledger.layers()
+    return next(overwritten(layers), None) is not None or (bool(ledger.applied) and not ledger.is_gone(layers))
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -340,17 +340,18 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 "Load the delta as another adapter (`model.load_adapter`), or apply it to a stock model."
             )
         ledger, delta = ledger_of(model), self._to_apply()
-        gone = ledger.is_gone()
+        layers = ledger.layers()
+        gone = ledger.is_gone(layers)
         check_base(
             model,
             self.config.base_fingerprint,
             delta_base=self.config.base_model_name_or_path,
             on_mismatch=on_base_mismatch,
         )
-        delta = ledger.fit(delta)
+        delta = ledger.fit(delta, layers)
         if gone:
-            ledger.start_anew()
-        ledger.add(delta)
+            ledger.start_anew(layers)
+        ledger.add(delta, layers)
         return model
 
     def remove_(self, model: nn.Module) -> nn.Module:
@@ -372,12 +373,13 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 "This delta was not applied to this model with `apply_` or `load_delta`, so its base is not known. "
                 "Load the base again."
             )
-        if ledger.is_gone():
+        layers = ledger.layers()
+        if ledger.is_gone(layers):
             raise DeltaMismatchError(
                 "This delta was applied to this model, but is not there any more: all of its biases were loaded or "
                 "changed since then, so there is nothing to take out. Load the base again if these biases are not it."
             )
-        ledger.remove(found)
+        ledger.remove(found, layers)
         return model
 
     def _to_apply(self) -> AppliedDelta:

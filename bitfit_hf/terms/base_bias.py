@@ -7,14 +7,13 @@ between, and then the biases that are there are the base's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
 import torch
 from torch import nn
 
 from ..backends.sharded import is_sharded
-from .structure import stock_root, walk
 
 # In a layer's `__dict__`: for each parameter `b_0` and what was written over it. A plain dict of tensors, so that a
 # model that is pickled whole can be read without this library.
@@ -79,6 +78,7 @@ def tells(layer: nn.Module, parameter: str) -> bool:
     return not _same(base.to(written.device, stored.dtype), written)
 
 
+@torch.no_grad()  # and not through `.data`: torch counts the writes, and a bank reads its count
 def write_over(layer: nn.Module, parameter: str, value: torch.Tensor) -> None:
     """Writes `value` over a stored bias, of which `b_0` is kept; gives the layer one where it has none.
 
@@ -94,10 +94,11 @@ def write_over(layer: nn.Module, parameter: str, value: torch.Tensor) -> None:
     if stored is None:
         stored = layer._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
     else:
-        stored.data.copy_(value)
+        stored.copy_(value)
     layer.__dict__.setdefault(_KEPT, {})[parameter] = (base, value.detach().to(stored.dtype, copy=True))
 
 
+@torch.no_grad()
 def put_back(layer: nn.Module, parameter: str) -> None:
     """Puts `b_0` back where [`write_over`] has written, bit for bit."""
     if parameter not in _kept(layer):
@@ -109,7 +110,7 @@ def put_back(layer: nn.Module, parameter: str) -> None:
     elif stored is None:
         layer._parameters[parameter] = nn.Parameter(base, requires_grad=False)
     else:
-        stored.data.copy_(base)
+        stored.copy_(base)
     forget(layer, parameter)
 
 
@@ -120,9 +121,9 @@ def forget(layer: nn.Module, parameter: str) -> None:
         layer.__dict__.pop(_KEPT, None)
 
 
-def overwritten(model: nn.Module) -> Iterator[str]:
-    """Names of the biases of a model that are not the base's own, since something was written over them."""
-    for path, layer in walk(stock_root(model)):
+def overwritten(layers: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names of the biases in a model's `layers` that are not the base's own, since something was written over them."""
+    for path, layer in layers.items():
         for parameter in _kept(layer):
             if found(layer, parameter) is Found.WRITTEN and tells(layer, parameter):
                 yield f"{path}.{parameter}" if path else parameter
