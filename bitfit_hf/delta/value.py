@@ -26,7 +26,7 @@ from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.fetch import fetch_delta
 from ..storage.files import KEY_PREFIX, check_values, digest, read_pair, write_pair
-from ..storage.fingerprint import OnMismatch, check_base, fingerprint
+from ..storage.fingerprint import OnMismatch, check_base, differing, fingerprint
 from ..terms import Bias, find_biases, head_modules
 from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
@@ -466,15 +466,13 @@ class BiasDelta(Mapping[str, torch.Tensor]):
 
     def check_same_base(self, other: BiasDelta) -> None:
         """Raises [`BaseModelMismatchError`] where another delta was trained on another base, by their fingerprints."""
-        mine = (self.config.base_fingerprint or {}).get("tensors", {})
-        theirs = (other.config.base_fingerprint or {}).get("tensors", {})
-        shared = mine.keys() & theirs.keys()
-        differing = sorted(name for name in shared if mine[name] != theirs[name])
+        mine, theirs = self.config.base_fingerprint, other.config.base_fingerprint
+        found, comparable = differing(mine, theirs) if mine and theirs else ([], False)
         names = [d.config.base_model_name_or_path for d in (self, other)]
-        if differing or (not shared and names[0] != names[1]):
+        if found or (not comparable and names[0] != names[1]):
             raise BaseModelMismatchError(
                 f"These deltas belong to different bases ({names[0]} and {names[1]}), so they cannot be calculated "
-                f"with:{collect([f'{name} differs' for name in differing] or ['they share no tensor'])}"
+                f"with:{collect([f'{name} differs' for name in found] or ['they share no tensor'])}"
             )
 
 
