@@ -143,10 +143,12 @@ class ParameterCount:
     Args:
         terms (`dict[str, int]`): By bias term, in the order of the paper; terms without any are left out.
         head (`int`, *optional*): Of the task head; `None` where that is not known.
+        tokens (`int`, *optional*, defaults to 0): Of the rows of added tokens.
     """
 
     terms: dict[str, int]
     head: int | None = None
+    tokens: int = 0
 
     @property
     def biases(self) -> int:
@@ -155,8 +157,8 @@ class ParameterCount:
 
     @property
     def total(self) -> int | None:
-        """Biases and head; `None` where the head's size is not known."""
-        return None if self.head is None else self.biases + self.head
+        """Biases, head and added tokens; `None` where the head's size is not known."""
+        return None if self.head is None else self.biases + self.head + self.tokens
 
 
 def term_counts(
@@ -183,13 +185,13 @@ def term_counts(
     ```
     """
     if isinstance(x, BitFitConfig):
-        biases, head = decode_layout(x.bias_layout or {}), None
+        biases, head, tokens = decode_layout(x.bias_layout or {}), None, 0
     else:
         delta = as_delta(x, adapter_name, **hub_kwargs)
         biases = [bias for group in delta.biases.values() for bias in group]
-        head = delta.num_parameters(head=True) - delta.num_parameters()
+        head, tokens = (sum(tensor.numel() for tensor in group.values()) for group in (delta.head, delta.added))
     counts = {term: sum(bias.num_parameters for bias in biases if bias.term == term) for term in TERMS}
-    return ParameterCount({term: count for term, count in counts.items() if count}, head)
+    return ParameterCount({term: count for term, count in counts.items() if count}, head, tokens)
 
 
 def as_delta(

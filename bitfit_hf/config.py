@@ -16,9 +16,9 @@ from peft import PeftConfig, TaskType
 
 from .errors import BitFitError, ConfigError, DeltaFormatError, DeltaMismatchError, collect
 from .storage.bias_layout import decode_layout, plain_layout
-from .storage.files import CONFIG_FILE, digest, encode_config, write_bytes
+from .storage.files import CONFIG_FILE, digest, encode_config, is_added, write_bytes
 from .storage.fingerprint import plain_fingerprint
-from .terms import Bias, resolve_terms
+from .terms import Bias, SavedNames, resolve_terms
 from .terms.selection import ALL_LINEAR, fits
 from .terms.tasks import BY_PEFT_NAME
 from .training_run import TrainingRun
@@ -60,10 +60,15 @@ class BitFitConfig(PeftConfig):
             Narrows the terms to these layers, counted from 0 in each stack.
         modules_to_save (`list[str]`, *optional*):
             Modules to train and save whole beside the task head, which is found by itself. After injection this holds
-            the full list of the head's leaf modules.
+            the full list of the head's parts, see [`bitfit_hf.terms.head_modules`].
         add_missing_biases (`bool`, *optional*, defaults to `False`):
             Gives each targeted projection that has no bias one at exactly zero (Llama, T5, …). Norms and LM heads get
             one only when their term is named.
+        added_tokens (`int`, *optional*):
+            How many rows at the end of the token embeddings the checkpoint does not have, where they were resized for
+            the task. They are trained and saved with the delta. Found out by itself from the base's `config.json`;
+            needed only where that is not at hand.
+        base_vocab_size (`int`, *optional*): Number of the first of them; filled in at injection.
         num_labels (`int`, *optional*), id2label (`dict[int, str]`, *optional*), problem_type (`str`, *optional*):
             Shape and label names of the head. Taken from the model when training; restored on the model when loading.
         base_fingerprint (`dict`, *optional*):
@@ -111,6 +116,12 @@ class BitFitConfig(PeftConfig):
     add_missing_biases: bool = field(
         default=False, metadata={"help": "Gives targeted projections without a bias one that starts at zero."}
     )
+    added_tokens: int | None = field(
+        default=None, metadata={"help": "How many of the last token embeddings the checkpoint does not have."}
+    )
+    base_vocab_size: int | None = field(
+        default=None, metadata={"help": "How many token embeddings the checkpoint has, where there are added ones."}
+    )
     num_labels: int | None = field(default=None, metadata={"help": "Number of labels of the head."})
     id2label: dict[int, str] | None = field(default=None, metadata={"help": "Label names of the head."})
     problem_type: str | None = field(default=None, metadata={"help": "transformers' problem type of the head."})
@@ -141,10 +152,16 @@ class BitFitConfig(PeftConfig):
         if problems:
             raise ConfigError(f"BitFitConfig (adapter_config.json) holds values of the wrong type:{collect(problems)}")
         super().__post_init__()
+        if self.modules_to_save is not None:
+            self.modules_to_save = SavedNames(self.modules_to_save)
         self.bias_terms = _canonical(self.bias_terms)
         if self.id2label is not None:  # JSON turns the keys into strings
             self.id2label = {int(index): label for index, label in self.id2label.items()}
         self._check_labels()
+        if self.bitfit_version is not None and self.added_tokens and self.base_vocab_size is None:
+            raise ConfigError(
+                "adapter_config.json has `added_tokens` but not `base_vocab_size`; save the delta again."
+            )
         # `get_peft_model` and `add_adapter` overwrite the name with the path that the model was loaded from. A name
         # that the user gave, or that came with a delta, wins over it.
         self._given_base = self.base_model_name_or_path
@@ -156,6 +173,7 @@ class BitFitConfig(PeftConfig):
         # Facts that were read together with tensors speak of those tensors and no others.
         self._facts_of = None if self.weights_digest is None else (self.run, self.weights_digest)
         self._size_of_last_state: int | None = None
+        self._tokens_in_last_state = 0
         if self.base_fingerprint is not None:
             self.base_fingerprint = plain_fingerprint(self.base_fingerprint)
         if self.bias_layout:
@@ -261,6 +279,7 @@ class BitFitConfig(PeftConfig):
         """Called with the tensors of a state dict; a configuration saved next belongs to them."""
         self._digest_of_last_state = digest(tensors)
         self._size_of_last_state = sum(tensor.numel() for tensor in tensors.values())
+        self._tokens_in_last_state = sum(tensor.numel() for name, tensor in tensors.items() if is_added(name))
         run, saved_with = self._facts_of or (None, None)
         if run is not None and run is self.run and saved_with != self._digest_of_last_state:
             self.run = None
@@ -269,6 +288,11 @@ class BitFitConfig(PeftConfig):
     def size_of_last_state(self) -> int | None:
         """How many scalars the tensors of the last state dict have, delta and head; `None` before the first."""
         return self._size_of_last_state
+
+    @property
+    def tokens_in_last_state(self) -> int:
+        """How many of them are rows of added tokens."""
+        return self._tokens_in_last_state
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and what belongs beside it: the model card, see [`after_save`].
@@ -404,6 +428,7 @@ def _is_pattern(value: Any) -> bool:
 _NAMES = _kind("a string (a regular expression) or a list of strings", lambda v: _is_pattern(v) or _strings(v))
 _TEXT = _kind("a string", lambda v: isinstance(v, str))
 _MAX_LABELS = 1_000_000  # a file must not make the model build a head that no memory holds
+_MAX_TOKENS = 100_000_000
 _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
@@ -417,6 +442,8 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "auto_mapping": _kind("a mapping", lambda v: isinstance(v, dict)),
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
+    "added_tokens": _kind(f"an integer from 0 to {_MAX_LABELS:,}", lambda v: _is_int(v) and 0 <= v <= _MAX_LABELS),
+    "base_vocab_size": _kind(f"an integer from 1 to {_MAX_TOKENS:,}", lambda v: _is_int(v) and 0 < v <= _MAX_TOKENS),
     "num_labels": _kind(f"an integer from 1 to {_MAX_LABELS:,}", lambda v: _is_int(v) and 0 < v <= _MAX_LABELS),
     "id2label": _kind("a mapping of label numbers to names", _is_label_map),
     "problem_type": _kind(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AdapterNameError",
+    "AddedTokensError",
     "BaseModelMismatchError",
     "BitFitError",
     "ConfigError",
@@ -20,6 +21,7 @@ __all__ = [
     "DeltaNotFoundError",
     "MergeError",
     "MissingDependencyError",
+    "MixedBatchError",
     "NoBiasesError",
     "NoMatchError",
     "OptimizerError",
@@ -59,6 +61,10 @@ class UnsupportedLayerError(BitFitError, TypeError):
     """A layer cannot be tuned, or not in the way that was asked for."""
 
 
+class MixedBatchError(UnsupportedLayerError, ValueError):
+    """`adapter_names` cannot be applied to the model as it is at present: in training, or with adapters merged."""
+
+
 class MergeError(BitFitError, ValueError):
     """A delta cannot be merged into the base model's own weights."""
 
@@ -69,6 +75,10 @@ class AdapterNameError(BitFitError, ValueError):
 
 class ConfigError(BitFitError, ValueError):
     """A configuration holds a value of the wrong type or kind."""
+
+
+class AddedTokensError(BitFitError, ValueError):
+    """The token embeddings were resized in a way that a delta cannot carry, or that does not fit this one."""
 
 
 class DeltaFormatError(BitFitError, ValueError):

@@ -34,6 +34,7 @@ from .errors import RecomputationError, UnsupportedLayerError
 from .terms import find_biases
 from .terms.structure import LINEAR, NORM, kind_of, stock_root, walk
 from .tuner.layer import BitFitLayer
+from .tuner.reading import owners
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     if origin is None:
         origin = _Origin((), args[0], args[0]._version, args[0]._version)
-    if any(layer._mixed is not None for layer in _tuned(*origin.modules, self)):
+    if any(layer.in_mixed_batch for layer in _tuned(*origin.modules, self)):
         return forward(*args, **kwargs)  # a mixed batch will be over when the backward pass comes
     return _run_region(self, forward, origin, args, kwargs)
 
@@ -340,7 +341,9 @@ class _State:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._layers = [(layer, tuple(layer._in_use), list(layer.merged_adapters)) for layer in _tuned(*modules)]
+        self._layers = [
+            (layer, tuple(layer.adapters_in_use), list(layer.merged_adapters)) for layer in _tuned(*modules)
+        ]
         self._trained = [(p, p._version) for module in modules for p in module.parameters() if p.requires_grad]
 
     def restored(self) -> ExitStack:
@@ -359,17 +362,15 @@ class _State:
             )
         stack = ExitStack()
         for layer, names, _ in self._layers:
-            if tuple(layer._in_use) != names:
-                stack.enter_context(layer._using(*names))
+            if tuple(layer.adapters_in_use) != names:
+                stack.enter_context(layer.using(*names))
         return stack
 
 
 def _tuned(*modules: nn.Module) -> Iterator[BitFitLayer]:
     """The BitFit layers among `modules` and in them, or around them."""
     for module in modules:
-        owner = vars(module).get("_bitfit_owner")
-        if owner is not None:
-            yield owner[0]
+        yield from (owner for owner in dict.fromkeys(owners(module).values()) if isinstance(owner, BitFitLayer))
         for inner in module.modules():
             if isinstance(inner, BitFitLayer):
                 yield inner

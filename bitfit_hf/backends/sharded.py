@@ -47,6 +47,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor") or is_partitioned(tensor)
 
 
+def is_lent(parameter: torch.Tensor) -> bool:
+    """Whether this is a view of FSDP1's whole buffer, in the place of a parameter while its module computes."""
+    # Once the buffer has been given back, the view that is still there points to nothing.
+    return not isinstance(parameter, nn.Parameter) and parameter.untyped_storage().nbytes() > 0
+
+
 def is_partitioned(tensor: torch.Tensor) -> bool:
     """Whether ZeRO-3 has left an empty parameter behind, whose values are in slices elsewhere."""
     return tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0

@@ -12,17 +12,20 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..delta.value import BiasDelta
-from ..errors import DeltaMismatchError, TaskBankError, collect
+from ..errors import TaskBankError
 from ..storage.fingerprint import OnMismatch
 from ..tuner.head import Labels
 from ..tuner.layer import span_index
 from .base import Base
-from .batch import Batch, Member, running
-from .kinds import Kind, base_kind, find_kind
+from .batch import Batch, BatchTask, running
 from .output import BankOutput
+from .positions import Positions
 from .predict import Prediction, predict
-from .residents import Resident, Residents, Source, Task
-from .sites import Site
+from .requests import check_batch, check_texts
+from .source import DeltaSource
+from .store import BankTask, LoadedTask, TaskStore
+from .task_models import TaskModel, TaskModels
+from .texts import TextEncoder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,7 +36,7 @@ class TaskBank:
 
     All tasks share the base's weights. A task adds its deltas, one row in a table per bias, and its head. In a batch,
     each layer computes with `b_0 + δ` of each example's own task: one gather of `[batch, width]` per layer. Heads may
-    differ in kind, shape and number of labels. The backbone runs once.
+    differ in class, shape and number of labels. The backbone runs once.
 
     Threads may call one bank at the same time, and add and remove tasks meanwhile. A request computes with the tasks
     as they were when it began.
@@ -84,9 +87,9 @@ class TaskBank:
             raise TaskBankError(f"`max_tasks` is a positive number of tasks, or None for no limit; got {max_tasks!r}.")
         self.tokenizer = tokenizer
         self._base = Base(base_model, dtype=dtype, limit=max_tasks, example_inputs=example_inputs)
-        self._kinds: dict[Any, Kind] = {}
-        self._base_kind = self._kinds.setdefault(None, base_kind(self._base))
-        self._residents = Residents(self._base.sites, max_tasks, self._load)
+        self._models = TaskModels(self._base)
+        self._positions = Positions.of(self._base.model)
+        self._store = TaskStore(self._base.sites, max_tasks, self._load)
 
     # --- tasks ---
 
@@ -131,25 +134,27 @@ class TaskBank:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        origin = Source.of(source, options)
-        with self._residents.writing:
+        origin = DeltaSource.of(source, options)
+        with self._store.writing:
             self._base.watch.check_values()
-            if name in self._residents.tasks:
+            if name in self._store.tasks:
                 raise TaskBankError(f"The bank has a task {name!r} already. Remove it first, or choose another name.")
-            self._residents.check_room()
-            if self._residents.limit is not None and not pin:
+            self._store.check_room()
+            if self._store.limit is not None and not pin:
                 origin.keep()
             delta = origin.read()
-            kind = find_kind(self._base, delta, self._kinds, self.tokenizer)
-            kind.check_base(delta, on_base_mismatch)
-            task = Task(name, origin, kind, _labels(delta), pinned=pin, delta=delta)
-            try:
-                self._residents.bring_in(task)
-            finally:
-                task.delta = None
-            if self._residents.limit is None or pin:
+            if delta.config.added_tokens:
+                raise TaskBankError(
+                    f"The task {name!r} has {delta.config.added_tokens} added tokens. The tasks of a bank share one "
+                    "table of token embeddings, so none can bring rows of its own. Serve this one by itself: "
+                    "`AutoModelFor….from_pretrained(…)`, or `load_delta` onto a base of its own."
+                )
+            model = self._models.find(delta, self.tokenizer)
+            model.check_base(delta, on_base_mismatch)
+            task = BankTask(name, origin, model, _labels(delta), pinned=pin)
+            self._store.bring_in(task, lambda: delta)
+            if self._store.limit is None or pin:
                 origin.release()
-            self._residents.enter(task)
 
     def remove_task(self, name: str) -> None:
         """Removes a task. Requests that run with it end as they began.
@@ -157,23 +162,23 @@ class TaskBank:
         Raises:
             [`TaskBankError`]: There is no such task.
         """
-        self._residents.remove(name)
+        self._store.remove(name)
 
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, in the order in which they were added."""
-        return list(self._residents.tasks)
+        return list(self._store.tasks)
 
     @property
     def resident_tasks(self) -> list[str]:
         """Names of those that are in memory."""
-        return [task.name for task in list(self._residents.tasks.values()) if task.resident is not None]
+        return [task.name for task in list(self._store.tasks.values()) if task.loaded is not None]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._residents.tasks
+        return name in self._store.tasks
 
     def __len__(self) -> int:
-        return len(self._residents.tasks)
+        return len(self._store.tasks)
 
     def __repr__(self) -> str:
         return f"TaskBank({len(self)} tasks on {type(self._base.model).__name__}, {self.memory()['tasks']:,} bytes)"
@@ -186,8 +191,8 @@ class TaskBank:
             together; `reserved`, what the tables of deltas take with the rows that are free.
         """
         deltas = sum(site.used_bytes for site in self._base.sites)
-        residents = [task.resident for task in list(self._residents.tasks.values())]
-        heads = sum(resident.head_bytes for resident in residents if resident is not None)
+        loaded = [task.loaded for task in list(self._store.tasks.values())]
+        heads = sum(one.head_bytes for one in loaded if one is not None)
         tensors = {id(t): t for t in (*self._base.model.parameters(), *self._base.model.buffers())}.values()
         return {
             "base": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
@@ -197,42 +202,12 @@ class TaskBank:
             "reserved": sum(site.reserved_bytes for site in self._base.sites),
         }
 
-    # --- loading ---
-
-    def _load(self, task: Task) -> Resident:
-        delta = task.delta or task.source.read()
-        sites = self._fit(task.kind, delta)
-        heads = task.kind.heads(delta)
-        rows = self._residents.take_rows(list(sites.values()))
-        try:
+    def _load(self, model: TaskModel, delta: BiasDelta) -> LoadedTask:
+        sites, head = model.sites_of(delta), model.head_of(delta)
+        with self._store.new_rows(list(sites.values())) as rows:
             for name, site in sites.items():
                 site.write(rows[site.number], delta[name], span_index(delta.biases[name]))
-        except BaseException:
-            self._residents.give_rows_back(rows)
-            raise
-        return Resident(rows, heads)
-
-    def _fit(self, kind: Kind, delta: BiasDelta) -> dict[str, Site]:
-        """The site of each of the delta's biases."""
-        sites, problems = {}, []
-        for name, (bias, *_) in delta.biases.items():
-            site = self._base.site_of(kind.modules.get(bias.module), bias.parameter)
-            if site is None:
-                problems.append(f"{name} has no place in the bank's {type(self._base.model).__name__}")
-            elif site.shape != bias.shape:
-                problems.append(f"{name} has shape {list(bias.shape)}, the base's {list(site.shape)}")
-            elif site.exists != bias.exists:
-                problems.append(f"{name} {'was added to a base without it' if site.exists else 'is not in the base'}")
-            elif site.number in self._base.unsupported:
-                problems.append(f"{name} is used where the examples of a batch cannot be told apart")
-            else:
-                sites[name] = site
-        if problems:
-            raise DeltaMismatchError(
-                f"The delta, trained on {delta.config.base_model_name_or_path!r}, does not fit the bank's base:"
-                f"{collect(problems)}"
-            )
-        return sites
+        return LoadedTask(model, rows, head)
 
     # --- requests ---
 
@@ -251,37 +226,39 @@ class TaskBank:
             [`TaskBankError`]: A name is unknown, there are more or fewer names than examples, or none at all; the
                 weights of the base have been written into.
         """
-        names = _check_batch(tasks, encoded)
+        names = check_batch(tasks, encoded)
         self._base.watch.check()
-        with self._residents.using(names) as held:
+        with self._store.using(names) as held:
             places: dict[str | None, list[int]] = defaultdict(list)
             for example, name in enumerate(names):
                 places[name].append(example)
-            kinds: dict[int, tuple[Kind, list[Member]]] = {}
-            members = []
+            batch_tasks = []
+            runs: dict[tuple[TaskModel, str | None], list[BatchTask]] = defaultdict(list)
             for name, examples in places.items():
-                kind = self._base_kind if name is None else held[name][0].kind
-                resident = None if name is None else held[name][1]
-                member = Member(examples, self._base.no_rows if resident is None else resident.rows, resident)
-                members.append(member)
-                kinds.setdefault(id(kind), (kind, []))[1].append(member)
+                if name is None:
+                    model, task = self._models.of_base, BatchTask(examples, self._base.no_rows)
+                else:
+                    loaded = held[name]
+                    model = loaded.model
+                    task = BatchTask(examples, loaded.rows, loaded.head, loaded.rows_tensor)
+                batch_tasks.append(task)
+                runs[model, name if model.one_by_one else None].append(task)
             outputs: list[Any] = [None] * len(names)
-            with running(Batch(members, len(names))) as batch:
-                if len(kinds) > 1:
-                    batch.results = {}
-                for kind, answering in kinds.values():
+            with running(Batch(batch_tasks, len(names))) as batch:
+                batch.shared = {} if len(runs) > 1 else None
+                for (model, _), answering in runs.items():
                     batch.answering = answering
-                    output = kind.shell(**encoded)
+                    output = model.model(**encoded)
                     assert isinstance(output, ModelOutput)
-                    for member in answering:
-                        for example in member.examples:
+                    for task in answering:
+                        for example in task.examples:
                             outputs[example] = output
         return BankOutput(outputs, names, self._base.answer_axes)
 
     def predict(
         self,
-        texts: Sequence[str | tuple[str, str]],
-        tasks: Sequence[str | None],
+        texts: str | Sequence[str | tuple[str, str]],
+        tasks: str | Sequence[str | None] | None,
         *,
         batch_size: int = 32,
         progress: bool = False,
@@ -293,8 +270,9 @@ class TaskBank:
         side runs texts of one length at a time. Of a text that is longer than the model takes, the beginning is read.
 
         Args:
-            texts (`Sequence[str]`): Texts, or pairs `(first, second)`; for question answering `(question, context)`.
-            tasks (`Sequence[str]`): One name per text; `None` for the base model.
+            texts (`str` or `Sequence[str]`): Texts, or a list of pairs `(first, second)`; for question answering
+                `(question, context)`.
+            tasks (`str` or `Sequence[str]`): One name per text, or one for all; `None` for the base model.
             batch_size (`int`, *optional*, defaults to 32): Texts in a forward pass.
             progress (`bool`, *optional*, defaults to `False`): Shows a progress bar.
 
@@ -312,7 +290,16 @@ class TaskBank:
             [`TaskBankError`]: As for a call, or there is no tokenizer; a text has no tokens, a context is empty, a
                 question leaves no room for its context; a task takes something else than texts.
         """
-        return predict(self, texts, tasks, batch_size=batch_size, progress=progress)
+        checked, names = check_texts(texts, tasks, batch_size)
+        return predict(
+            checked,
+            names,
+            {name: self._model_and_labels(name) for name in dict.fromkeys(names)},
+            encoder=TextEncoder(self.tokenizer, self._positions, self.device),
+            run=self,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     def describe(self, name: str | None) -> tuple[str, Labels | None]:
         """Name of the model class of a task, or of the base, and its labels, where it has some.
@@ -320,19 +307,15 @@ class TaskBank:
         Raises:
             [`TaskBankError`]: There is no such task.
         """
+        model, labels = self._model_and_labels(name)
+        return model.name, labels
+
+    def _model_and_labels(self, name: str | None) -> tuple[TaskModel, Labels | None]:
         if name is not None:
-            task = self._residents.find(name)
-            return task.kind.name, task.labels
-        model = self._base.model
-        return type(model).__name__, Labels.of(model) if getattr(model.config, "id2label", None) else None
-
-    def kind_of(self, name: str | None) -> Kind:
-        """What a task, or the base, has in common with others of its model class.
-
-        Raises:
-            [`TaskBankError`]: There is no such task.
-        """
-        return self._base_kind if name is None else self._residents.find(name).kind
+            task = self._store.find(name)
+            return task.model, task.labels
+        base = self._base.model
+        return self._models.of_base, Labels.of(base) if getattr(base.config, "id2label", None) else None
 
     @property
     def device(self) -> torch.device:
@@ -342,12 +325,7 @@ class TaskBank:
     @property
     def max_length(self) -> int | None:
         """How many tokens the base takes, where its configuration says so."""
-        return self._base.max_length
-
-    @property
-    def num_positions(self) -> int | None:
-        """How many tokens the base has positions for, where it looks them up in a table: more end in an error."""
-        return self._base.num_positions
+        return self._positions.most
 
 
 def _labels(delta: BiasDelta) -> Labels | None:
@@ -356,24 +334,3 @@ def _labels(delta: BiasDelta) -> Labels | None:
         return None
     names = config.id2label or {index: f"LABEL_{index}" for index in range(config.num_labels)}
     return Labels(config.num_labels, dict(names), config.problem_type)
-
-
-def _check_batch(tasks: Sequence[str | None], encoded: Mapping[str, Any]) -> list[str | None]:
-    if isinstance(tasks, str) or not isinstance(tasks, Sequence):
-        raise TaskBankError(f"`tasks` is a list with one name per example, got {tasks!r:.80}.")
-    wrong = [name for name in tasks if name is not None and not isinstance(name, str)]
-    if wrong:
-        raise TaskBankError(f"`tasks` holds names and None, got {wrong[0]!r:.80} ({type(wrong[0]).__name__}).")
-    if "labels" in encoded:
-        raise TaskBankError("A bank computes no loss: leave `labels` out.")
-    sizes = {name: len(value) for name, value in encoded.items() if isinstance(value, torch.Tensor) and value.dim()}
-    if not sizes:
-        raise TaskBankError("There is no batch: pass the tokenizer's output, `bank(**encoded, tasks=[...])`.")
-    if not all(sizes.values()) or not tasks:
-        raise TaskBankError("The batch is empty: pass at least one example and its task.")
-    if set(sizes.values()) != {len(tasks)}:
-        counts = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise TaskBankError(
-            f"There are {len(tasks)} task names for a batch of another size ({counts}); give one each."
-        )
-    return list(tasks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,16 +13,14 @@ from transformers import PreTrainedModel
 
 from ..backends.quantized import shared_state
 from ..delta.applying import is_applied
-from ..errors import TaskBankError, UnknownHeadError
-from ..terms import Bias, find_biases, head_modules
+from ..errors import TaskBankError
+from ..terms import Bias, find_biases
 from ..terms.structure import stock_root, walk
-from .batch import Batch, Member, running
+from ..tuner.nested import take, tensors
+from .batch import Batch, BatchTask, running
+from .intercept import run_once, run_task_by_task
 from .layers import BankedLayer
-from .parts import Part
-from .positions import most_tokens, positions_in_table
-from .regions import Region
 from .sites import Site
-from .trees import leaves, take
 from .trial import SIZES, Trial
 from .watch import Watch
 
@@ -45,7 +43,7 @@ class Base:
         example_inputs (`Mapping[str, torch.Tensor]`, *optional*): For the trial run.
 
     Raises:
-        [`TaskBankError`]: The model is none that a bank can serve.
+        [`TaskBankError`]: A bank cannot serve the model.
     """
 
     def __init__(
@@ -59,16 +57,14 @@ class Base:
         self.model = _shared_copy(_check(model))
         self.backbone: PreTrainedModel = self.model.base_model  # type: ignore[assignment]
         self.device: torch.device = next(self.backbone.parameters()).device
-        self.backbone_path = next(path for path, module in walk(self.model) if module is self.backbone)
-        self.head = _head(self.model)
-        self.max_length = most_tokens(self.model)
-        self.num_positions = positions_in_table(self.model)
         self.sites: list[Site] = []
         self.layers: dict[nn.Module, BankedLayer] = {}
-        self._parts: dict[nn.Module, Part] = {}
         self._take_over(dtype, limit)
-        self.unsupported: dict[int, str] = {}
-        trial = Trial(self.model if self._outside_backbone() else self.backbone, example_inputs)
+        self.no_rows = (0,) * len(self.sites)  # of a task that tunes nothing
+        self.unsupported: set[Site] = set()
+        self._run_once: set[nn.Module] = set()
+        inside = set(self.backbone.modules())
+        trial = Trial(self.backbone if inside.issuperset(self.layers) else self.model, example_inputs)
         self.answer_axes = trial.answer_axes
         self._arrange(trial)
         self._verify(trial)
@@ -83,8 +79,7 @@ class Base:
         places: dict[str, dict[str, Site]] = {}
         modules = dict(walk(self.model))
         for biases in grouped.values():
-            module = modules[biases[0].module]
-            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            device = next((p.device for p in modules[biases[0].module].parameters()), torch.device("cpu"))
             site = Site(len(self.sites), biases, dtype, device, limit)
             self.sites.append(site)
             for name in (biases[0].name, *biases[0].aliases):
@@ -94,14 +89,11 @@ class Base:
             if modules[path] not in self.layers:  # a module may stand in several places
                 self.layers[modules[path]] = BankedLayer(path, modules[path], sites)
 
-    def _outside_backbone(self) -> bool:
-        inside = set(self.backbone.modules())
-        return any(module not in inside for module in self.layers)
-
-    def part(self, module: nn.Module) -> nn.Module:
-        """Makes a module run once for each batch; returns it."""
-        if module not in self._parts and next(module.children(), None) is not None:
-            self._parts[module] = Part(module)
+    def run_once(self, module: nn.Module) -> nn.Module:
+        """Makes a module, where it is more than a layer, run once for each batch; returns it."""
+        if module not in self._run_once and next(module.children(), None) is not None:
+            self._run_once.add(module)
+            run_once(module)
         return module
 
     def site_of(self, module: nn.Module | None, parameter: str) -> Site | None:
@@ -109,104 +101,92 @@ class Base:
         layer = self.layers.get(module) if module is not None else None
         return None if layer is None else layer.sites.get(parameter)
 
-    @property
-    def no_rows(self) -> Sequence[int]:
-        """The rows of a task that tunes nothing: the base."""
-        return (0,) * len(self.sites)
-
     # --- how they mix ---
 
     def _arrange(self, trial: Trial) -> None:
         """Chooses for each layer how its biases get into a mixed batch."""
         paths = {module: path for path, module in trial.model.named_modules()}
-        regions: dict[str, list[Site]] = {}
+        split: dict[str, list[Site]] = {}
         for module, layer in self.layers.items():
             path = paths[module]
-            layer.reached = trial.reached(path) or layer in trial.strangers
-            axis = trial.output_axis(path)
-            if layer.adds_at_output and layer not in trial.strangers and (not layer.reached or _fits(axis, layer)):
-                layer.batch_axis = axis
-                continue
-            region = self._enclosing(trial, path)
-            if region is None:
-                for site in layer.sites.values():
-                    self.unsupported[site.number] = layer.path
+            if layer.adds_at_output and layer not in trial.read_outside:
+                axis = trial.output_axis(path)
+                if not trial.reached(path) or (axis is not None and axis >= 0 and axis != layer.channel_axis):
+                    layer.batch_axis = axis
+                    continue
+            enclosing = trial.enclosing(path)
+            if enclosing is None:
+                self.unsupported.update(layer.sites.values())
             else:
-                regions.setdefault(region, []).extend(layer.sites.values())
-        self._split(trial, regions)
+                split.setdefault(enclosing, []).extend(layer.sites.values())
+        self._split(trial, split)
 
-    def _enclosing(self, trial: Trial, path: str) -> str | None:
-        while True:
-            if trial.separable(path) is not None:
-                return path
-            if not path:
-                return None
-            path = path.rpartition(".")[0]
-
-    def _split(self, trial: Trial, regions: Mapping[str, Iterable[Site]]) -> None:
+    def _split(self, trial: Trial, paths: Mapping[str, Iterable[Site]]) -> None:
         # Outer modules last: their forward is the outermost, and inside it the inner ones have one task to do.
-        for path in sorted(regions, key=len, reverse=True):
+        for path in sorted(paths, key=len, reverse=True):
             axes = trial.separable(path)
             assert axes is not None
-            Region(path, trial.model.get_submodule(path), regions[path], *axes)
+            run_task_by_task(path, trial.model.get_submodule(path), paths[path], *axes)
 
     # --- is it right? ---
 
     def _verify(self, trial: Trial) -> None:
         """Holds a mixed batch against its examples one by one; where they differ, splits the whole model instead."""
-        if self._error(trial) > self._tolerance:
-            roots = {"", next(path for path, module in trial.model.named_modules() if module is self.backbone)}
-            if trial.separable("") is not None:
-                self._split(trial, {path: self.sites for path in roots if trial.separable(path) is not None})
-            if trial.separable("") is None or self._error(trial) > self._tolerance:
-                raise TaskBankError(
-                    f"{type(self.model).__name__} mixes the examples of a batch, or the bank cannot tell them apart: "
-                    "a batch of several tasks does not give what each example gives alone. Serve this model with one "
-                    "tuned model per task (`load_delta`)."
-                )
-
-    @property
-    def _tolerance(self) -> float:
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        return _TOLERANCE.get(dtype, _TOLERANCE_HALF)
+        tolerance = _TOLERANCE.get(dtype, _TOLERANCE_HALF)
+        if self._error(trial) <= tolerance:
+            return
+        if trial.separable("") is not None:
+            roots = {path for path, module in trial.model.named_modules() if module in (trial.model, self.backbone)}
+            self._split(trial, {path: self.sites for path in roots if trial.separable(path) is not None})
+            if self._error(trial) <= tolerance:
+                return
+        raise TaskBankError(
+            f"{type(self.model).__name__} mixes the examples of a batch, or the bank cannot tell them apart: a batch "
+            "of several tasks does not give what each example gives alone. Serve this model with one tuned model per "
+            "task (`load_delta`)."
+        )
 
     @torch.no_grad()
     def _error(self, trial: Trial) -> float:
         """The largest difference, as a share of what random deltas change."""
-        size = SIZES[0]
-        inputs = trial.batch(size)
-        usable = [site for site in self.sites if site.number not in self.unsupported]
+        inputs, size = trial.batch(SIZES[0]), SIZES[0]
+        usable = [site for site in self.sites if site not in self.unsupported]
         tables = {site: site.table for site in self.sites}
         generator = torch.Generator().manual_seed(0)
-        rows = [[number * (site in usable) for site in self.sites] for number in (1, 2)]
-        members = [Member([0, 2], rows[0]), Member([1], rows[1])]
+        first, second = ([number * (site in usable) for site in self.sites] for number in (1, 2))
+        tasks = [BatchTask([0, 2], first), BatchTask([1], second)]
+        worst, change = 0.0, 0.0
         try:
             for site in usable:
                 deltas = 0.1 * torch.randn((3, site.size), generator=generator)
                 deltas[0] = 0
                 site.table = deltas.to(site.table) + site.table  # row 0 is the base's
-            mixed = self._outputs(trial, Batch(members, size), inputs)
-            worst, change = 0.0, 0.0
-            owners = {example: member for member in members for example in member.examples}
-            for example, member in owners.items():
-                index = torch.tensor([example], device=self.device)
-                one = {name: take(value, 0, index, size) for name, value in inputs.items()}
-                alone = self._outputs(trial, Batch([Member([0], member.rows)], 1), one)
-                plain = self._outputs(trial, Batch([Member([0], self.no_rows)], 1), one)
-                for path, value in alone.items():
-                    worst = max(worst, _gap(mixed[path][example : example + 1], value))
-                    change = max(change, _gap(plain[path], value))
+            mixed = _outputs(trial, tasks, inputs)
+            for task in tasks:
+                for example in task.examples:
+                    index = torch.tensor([example], device=self.device)
+                    one = {name: take(value, 0, index, size) for name, value in inputs.items()}
+                    alone = _outputs(trial, [BatchTask([0], task.rows)], one)
+                    plain = _outputs(trial, [BatchTask([0], self.no_rows)], one)
+                    for path, value in alone.items():
+                        worst = max(worst, _gap(mixed[path][example : example + 1], value))
+                        change = max(change, _gap(plain[path], value))
         finally:
             for site, table in tables.items():
                 site.table = table
         return worst / max(change, 1e-6)
 
-    def _outputs(self, trial: Trial, batch: Batch, inputs: Mapping[str, torch.Tensor]) -> dict[Any, torch.Tensor]:
-        _, outputs = trial.axes("")
-        first = {path for call in outputs or () for path, axis in call.items() if axis == 0}
-        with running(batch):
-            found = dict(leaves(trial.model(**inputs)))
-        return {path: value for path, value in found.items() if path in first and value.is_floating_point()}
+
+def _outputs(trial: Trial, tasks: list[BatchTask], inputs: Mapping[str, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    """The outputs that have the batch first."""
+    with running(Batch(tasks, sum(len(task.examples) for task in tasks))):
+        found = tensors(trial.model(**inputs))
+    return {path: t for path, t in found.items() if trial.answer_axes.get(path) == 0 and t.is_floating_point()}
+
+
+def _gap(one: torch.Tensor, two: torch.Tensor) -> float:
+    return torch.nan_to_num(one.float() - two.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
 
 
 def _check(model: nn.Module) -> PreTrainedModel:
@@ -229,19 +209,12 @@ def _check(model: nn.Module) -> PreTrainedModel:
     return root
 
 
-def _head(model: PreTrainedModel) -> list[str]:
-    try:
-        return head_modules(model)
-    except UnknownHeadError:  # a class without a rule is served as it is
-        return []
-
-
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A deep copy of everything but the values of the tensors, which it shares."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for module in model.modules():
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        # A quantised layer's parameters have state of their own, and it converts its bias as it computes.
+        # A quantized layer's parameters have state of their own, and it converts its bias as it computes.
         plain = all(type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor for parameter in own)
         for parameter in own:
             if id(parameter) not in memo:
@@ -259,11 +232,3 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     alias = nn.Parameter(parameter.detach(), requires_grad=False)
     vars(alias).update(vars(parameter))  # what libraries have noted on it
     return alias
-
-
-def _fits(axis: int | None, layer: BankedLayer) -> bool:
-    return axis is not None and axis >= 0 and axis != layer.channel_axis
-
-
-def _gap(one: torch.Tensor, two: torch.Tensor) -> float:
-    return torch.nan_to_num(one.float() - two.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()

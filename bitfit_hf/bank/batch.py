@@ -6,36 +6,46 @@ by somebody else's code finds none and computes what the stock layer computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from .residents import Resident
+from ..errors import TaskBankError
+from ..tuner.nested import rows_per_example
 
 
-class Member:
+class BatchTask:
     """One of the distinct tasks of a batch.
 
     Args:
         examples (`Sequence[int]`): Its places in the batch, ascending.
         rows (`Sequence[int]`): Its row in the table of each site; zeros for the base itself.
-        resident ([`Resident`], *optional*): The task in memory; `None` for the base.
+        head (`Mapping[str, nn.Module]`, *optional*): Its head's leaf modules by path.
+        rows_tensor (`torch.Tensor`, *optional*): The rows as a tensor, where there is one: making it takes longer than
+            a small layer.
     """
 
-    def __init__(self, examples: Sequence[int], rows: Sequence[int], resident: Resident | None = None) -> None:
+    def __init__(
+        self,
+        examples: Sequence[int],
+        rows: Sequence[int],
+        head: Mapping[str, nn.Module] | None = None,
+        rows_tensor: torch.Tensor | None = None,
+    ) -> None:
         self.examples = list(examples)
         self.rows = rows
-        self.resident = resident
+        self.head = head or {}
+        self._rows_tensor = rows_tensor
         self._index: dict[torch.device, torch.Tensor] = {}
 
     @property
     def rows_tensor(self) -> torch.Tensor:
-        """Its rows as a tensor, which a resident keeps: making one takes longer than a small layer."""
-        return torch.tensor(list(self.rows)) if self.resident is None else self.resident.rows_tensor
+        """Its rows as a tensor."""
+        return torch.tensor(self.rows) if self._rows_tensor is None else self._rows_tensor
 
     def index(self, device: torch.device) -> torch.Tensor:
         """Its places as a tensor."""
@@ -48,80 +58,85 @@ class Batch:
     """One request to the bank.
 
     Args:
-        members (`Sequence[Member]`): Its tasks; together they cover every example once.
+        tasks (`Sequence[BatchTask]`): Its tasks; together they cover every example once.
         size (`int`): Number of examples.
 
     Attributes:
-        alone ([`Member`], *optional*): While set, everything is computed with this task's deltas.
-        within (`object`, *optional*): The layer whose own code is running, which may read its stored bias.
-        answering (`Sequence[Member]`): The tasks whose head is running.
-        results (`dict`, *optional*): What parts of the base have computed for this batch, where several task classes
-            share them, see [`bitfit_hf.bank.parts`].
-        active (`list[bool]`): For each site, whether some task of a mixed batch tunes it.
-        strangers (`set`, *optional*): In a trial run, collects the layers whose bias is read by other code.
+        only_task ([`BatchTask`], *optional*): While set, everything is computed with this task's deltas.
+        tuned (`list[bool]`): For each site, whether some task of a mixed batch tunes it.
+        inside (`object`, *optional*): The layer whose own code is running, which may read its stored bias.
+        answering (`Sequence[BatchTask]`): The tasks whose head is running.
+        shared (`dict`, *optional*): What modules of the base have computed for this batch, where several task models
+            share them, see [`bitfit_hf.bank.intercept`].
+        read_outside (`set`, *optional*): In a trial run, collects the layers whose bias other code than their own
+            reads.
     """
 
-    def __init__(self, members: Sequence[Member], size: int) -> None:
-        self.members = members
+    def __init__(self, tasks: Sequence[BatchTask], size: int) -> None:
+        self.tasks = tasks
         self.size = size
         # Where all examples are of one task there is nothing to mix.
-        self.alone: Member | None = members[0] if len(members) == 1 else None
-        self.within: object | None = None
-        self.answering: Sequence[Member] = ()
-        self.results: dict[int, list[tuple[Any, Any]]] | None = None
-        self.strangers: set[object] | None = None
-        self.active: list[bool] = []
+        self.only_task: BatchTask | None = tasks[0] if len(tasks) == 1 else None
+        self.tuned: list[bool] = []
+        self.inside: object | None = None
+        self.answering: Sequence[BatchTask] = ()
+        self.shared: dict[nn.Module, list[tuple[Any, Any]]] | None = None
+        self.read_outside: set[object] | None = None
         self._rows: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
-        self._folded: dict[tuple[int, torch.device], torch.Tensor] = {}
-        if len(members) > 1:
-            self._gather()
+        if len(tasks) > 1:
+            table = torch.stack([task.rows_tensor for task in tasks])
+            self.tuned = table.amax(dim=0).bool().tolist()
+            self._table = table[torch.tensor(self.owners(tasks))].t().contiguous()  # (sites, examples)
 
-    def _gather(self) -> None:
-        table = torch.stack([member.rows_tensor for member in self.members])
-        owners = torch.tensor(self.owners(self.members))
-        self.active = table.amax(dim=0).bool().tolist()
-        self._matrix = table[owners].t().contiguous()  # (sites, examples)
-
-    def owners(self, members: Sequence[Member]) -> list[int]:
-        """For each example the place of its task in `members`; 0 where it is of none of these."""
+    def owners(self, tasks: Sequence[BatchTask]) -> list[int]:
+        """For each example the place of its task in `tasks`; 0 where it is of none of these."""
         places = [0] * self.size
-        for place, member in enumerate(members):
-            for example in member.examples:
+        for place, task in enumerate(tasks):
+            for example in task.examples:
                 places[example] = place
         return places
 
-    def folded(self, factor: int, device: torch.device) -> torch.Tensor:
-        """The example that each of `examples * factor` rows belongs to, the example outermost."""
-        found = self._folded.get((factor, device))
-        if found is None:
-            found = torch.arange(self.size, device=device).repeat_interleave(factor)
-            self._folded[factor, device] = found
-        return found
+    def rows_each(self, rows: int, what: str) -> int:
+        """How many of the rows that a module computes are one example's.
 
-    def rows(self, site: int, device: torch.device, factor: int = 1) -> torch.Tensor:
-        """The row in the table of a site of each of `examples * factor` rows, the example outermost."""
-        found = self._rows.get((factor, device))
+        Args:
+            rows (`int`): The length of the batch dimension.
+            what (`str`): Names the module, for the message.
+
+        Raises:
+            [`TaskBankError`]: They cannot be shared out evenly.
+        """
+        each = rows_per_example(rows, self.size)
+        if each is None:
+            raise TaskBankError(
+                f"{what} computes {rows} rows for a batch of {self.size} examples, so it is not known which belong to "
+                "which. Ask for one task per call."
+            )
+        return each
+
+    def table_rows(self, site: int, device: torch.device, each: int = 1) -> torch.Tensor:
+        """The row in the table of a site of each of `examples * each` rows, the example outermost."""
+        found = self._rows.get((each, device))
         if found is None:
-            found = self._matrix.to(device).repeat_interleave(factor, dim=1).unbind()
-            self._rows[factor, device] = found
+            found = self._table.to(device).repeat_interleave(each, dim=1).unbind()
+            self._rows[each, device] = found
         return found[site]
 
-    @contextmanager
-    def only(self, member: Member) -> Iterator[None]:
-        """Computes with one task's deltas inside the block."""
-        before, self.alone = self.alone, member
-        try:
-            yield
-        finally:
-            self.alone = before
-
-    def call_within(self, layer: object, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """Runs a layer's own code, which may read the layer's stored bias."""
-        before, self.within = self.within, layer
+    def run_only(self, task: BatchTask, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a module with one task's deltas."""
+        before, self.only_task = self.only_task, task
         try:
             return forward(*args, **kwargs)
         finally:
-            self.within = before
+            self.only_task = before
+
+    def run_inside(self, layer: object, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs a layer's own code, which may read the layer's stored bias."""
+        before, self.inside = self.inside, layer
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self.inside = before
 
 
 _current: ContextVar[Batch | None] = ContextVar("bitfit_bank_batch", default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from ..errors import TaskBankError
 from ..tuner.layer import channel_axis, reads_bias
 from ..tuner.reading import install, stock_class
 from .batch import Batch, current
+from .intercept import intercept
 from .sites import Site
 
 _SMALL_OUTPUT = 1 << 20  # values; below it copying row by row is faster, above it what all threads share
@@ -21,10 +22,10 @@ _SMALL_OUTPUT = 1 << 20  # values; below it copying row by row is faster, above 
 class BankedLayer:
     """Takes over the forward of one layer.
 
-    Outside a batch the layer computes as it always did. In a batch of one task, or where a layer is run for one task
-    at a time, whoever reads its bias gets that task's `b_0 + δ` (see [`bitfit_hf.tuner.reading`]). In a mixed batch
-    each example gets its own: a plain Linear starts its product from the examples' biases instead of from one bias,
-    which costs no pass over the activations; other layers add the deltas to their output.
+    In a batch of one task, or where a layer is run for one task at a time, whoever reads its bias gets that task's
+    `b_0 + δ` (see [`bitfit_hf.tuner.reading`]). In a mixed batch each example gets its own: a plain Linear starts its
+    product from the examples' biases instead of from one bias, which costs no pass over the activations; other layers
+    add the deltas to their output.
 
     Args:
         path (`str`): The layer's path in the base.
@@ -33,44 +34,33 @@ class BankedLayer:
     """
 
     def __init__(self, path: str, layer: nn.Module, sites: Mapping[str, Site]) -> None:
-        self.path = path
-        self.layer = layer
         self.sites = dict(sites)
-        self.bias_parameters = tuple(sites)
         self.batch_axis: int | None = None  # of the output; set once a trial run has shown it
-        self.reached = False
-        self._channel_axis = channel_axis(layer)
-        self._own_forward = layer.forward
+        self.channel_axis = channel_axis(layer)  # of the output: the bias lies along it
+        self._layer = layer
         self._stock = stock_class(layer)
-        self._transposed = self._stock is nn.Linear
-        self._single = len(self.sites) == 1
+        self._title = f"{path} ({self._stock.__name__})"  # for messages
+        self._numbers = [site.number for site in self.sites.values()]
         self._site = next(iter(self.sites.values()))
-        self._product = self._stock in (nn.Linear, Conv1D) and "forward" not in vars(layer) and _is_plain(layer)
+        weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+        plain = type(weight) is nn.Parameter and weight.is_floating_point()
+        self._is_product = self._stock in (nn.Linear, Conv1D) and "forward" not in vars(layer) and plain
         self._read = tuple(name for name in self.sites if reads_bias(layer, name))
         if self._read:
             install(layer, self._read, owner=self)
-        bias = self.base_bias("bias") if self._product and self._site.held is None else None
-        if bias is not None and bias.dtype is torch.float32 is self._site.table.dtype:
+        if self._is_product and self._site.held is None and bias is not None and bias.dtype is torch.float32:
             self._site.hold(bias)
-        layer.forward = self.forward  # type: ignore[method-assign]
+        intercept(layer, self._run)
 
     @property
     def adds_at_output(self) -> bool:
         """Whether all that the layer does with its biases is to add one to its output."""
-        return tuple(self.sites) == ("bias",) and self._channel_axis is not None
-
-    @property
-    def channel_axis(self) -> int | None:
-        """Dimension of the output along which the bias lies."""
-        return self._channel_axis
-
-    def base_bias(self, parameter: str) -> torch.Tensor | None:
-        """`b_0`."""
-        return self.layer._parameters.get(parameter)
+        return tuple(self.sites) == ("bias",) and self.channel_axis is not None
 
     def stored_biases(self) -> list[torch.Tensor]:
         """`b_0` of each of its biases that the base has."""
-        return [bias for bias in map(self.base_bias, self.sites) if bias is not None]
+        found = [self._layer._parameters.get(name) for name in self.sites]
+        return [bias for bias in found if bias is not None]
 
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
         """What a reader of the layer's bias gets."""
@@ -78,107 +68,80 @@ class BankedLayer:
         if batch is None or parameter not in self.sites:
             return base
         site = self.sites[parameter]
-        if batch.alone is not None:
-            row = batch.alone.rows[site.number]
+        if batch.only_task is not None:
+            row = batch.only_task.rows[site.number]
             return site.effective(row, base, self._dtype(base)) if row else base
-        if batch.within is self:
+        if batch.inside is self:
             return base
-        if batch.strangers is not None:
-            batch.strangers.add(self)
+        if batch.read_outside is not None:
+            batch.read_outside.add(self)
             return base
-        if not batch.active[site.number]:
+        if not batch.tuned[site.number]:
             return base
         raise TaskBankError(
-            f"The `{parameter}` of {self.path} ({self._stock.__name__}) is read by code that the bank's trial run did "
-            "not see, so the tasks of this batch cannot be told apart there. Ask for one task per call, or make the "
-            "bank with `example_inputs=` like those of this call."
+            f"The `{parameter}` of {self._title} is read by code that the bank's trial run did not see, so the tasks "
+            "of this batch cannot be told apart there. Ask for one task per call, or make the bank with "
+            "`example_inputs=` like those of this call."
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward."""
-        batch = current()
-        if batch is None:
-            return self._own_forward(*args, **kwargs)
-        if batch.alone is not None:
-            result = self._own_forward(*args, **kwargs)
-            return result if self._read else self._add_one(batch, result)
-        if batch.strangers is not None or not self._tuned_in(batch):
-            return batch.call_within(self, self._own_forward, *args, **kwargs)
+    def _run(self, batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if batch.only_task is not None:
+            result = forward(*args, **kwargs)
+            return result if self._read else self._add_one(batch.only_task.rows, result)
+        if batch.read_outside is not None or not self._tuned_in(batch):
+            return batch.run_inside(self, forward, *args, **kwargs)
         if self.batch_axis is None:
             raise TaskBankError(
-                f"{self.path} ({self._stock.__name__}) was not reached in the bank's trial run, so it is not known "
-                "which rows of its output belong to which example. Make the bank with `example_inputs=` like those of "
-                "this call."
+                f"{self._title} was not reached in the bank's trial run, so it is not known which rows of its output "
+                "belong to which example. Make the bank with `example_inputs=` like those of this call."
             )
-        if self._product and self.batch_axis == 0 and len(args) == 1 and not kwargs:
-            x, weight = args[0], self.layer._parameters["weight"]
+        if self._is_product and self.batch_axis == 0 and len(args) == 1 and not kwargs:
+            x, weight = args[0], self._layer._parameters["weight"]
             assert weight is not None
             if x.dtype is weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 return self._product_per_example(batch, x, weight)
-        return self._add_rows(batch, batch.call_within(self, self._own_forward, *args, **kwargs))
-
-    def _product_per_example(self, batch: Batch, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        device, site, shape = x.device, self._site, x.shape
-        each = self._fold(batch, shape[0]) * shape[1:-1].numel()
-        tokens = each * batch.size
-        small = tokens * site.size <= _SMALL_OUTPUT
-        if small and site.held is not None:
-            start = site.table.index_select(0, batch.rows(site.number, device, each))
-        else:
-            biases = site.effective_rows(batch.rows(site.number, device), self.layer._parameters["bias"], x.dtype)
-            if small:
-                start = biases.index_select(0, batch.folded(each, device))
-            else:
-                start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
-        matrix = weight.t() if self._transposed else weight
-        return start.addmm_(x.reshape(tokens, -1), matrix).view(*shape[:-1], site.size)
+        return self._add_rows(batch, batch.run_inside(self, forward, *args, **kwargs))
 
     def _tuned_in(self, batch: Batch) -> bool:
         """Whether some task of a mixed batch tunes the layer."""
-        active = batch.active
-        if self._single:  # nearly every layer; the general form takes as long as a small operation
-            return active[self._site.number]
-        return any(active[site.number] for site in self.sites.values())
+        if len(self._numbers) == 1:  # nearly every layer; the general form takes as long as a small operation
+            return batch.tuned[self._numbers[0]]
+        return any(batch.tuned[number] for number in self._numbers)
+
+    def _product_per_example(self, batch: Batch, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        device, site, shape = x.device, self._site, x.shape
+        each = batch.rows_each(shape[0], self._title) * shape[1:-1].numel()
+        tokens = each * batch.size
+        if site.held is not None and tokens * site.size <= _SMALL_OUTPUT:
+            start = site.table.index_select(0, batch.table_rows(site.number, device, each))
+        else:
+            rows = batch.table_rows(site.number, device)
+            biases = site.effective_rows(rows, self._layer._parameters["bias"], x.dtype)
+            start = biases.unsqueeze(1).expand(-1, each, -1).reshape(tokens, site.size)
+        matrix = weight.t() if self._stock is nn.Linear else weight
+        return start.addmm_(x.reshape(tokens, -1), matrix).view(*shape[:-1], site.size)
 
     def _add_rows(self, batch: Batch, result: torch.Tensor) -> torch.Tensor:
-        site = self._site
+        """Adds each example's delta to what the layer has computed."""
         assert self.batch_axis is not None
-        assert self._channel_axis is not None
-        rows = site.delta_rows(batch.rows(site.number, result.device))
-        factor = self._fold(batch, result.shape[self.batch_axis])
-        if factor > 1:  # windows, patches or choices that are folded into the batch
-            rows = rows.index_select(0, batch.folded(factor, rows.device))
+        assert self.channel_axis is not None
+        each = batch.rows_each(result.shape[self.batch_axis], self._title)
+        rows = self._site.delta_rows(batch.table_rows(self._site.number, result.device, each))
         shape = [1] * result.dim()
-        shape[self.batch_axis], shape[self._channel_axis] = rows.shape
+        shape[self.batch_axis], shape[self.channel_axis] = rows.shape
         return result.add_(rows.view(shape))
 
-    def _add_one(self, batch: Batch, result: torch.Tensor) -> torch.Tensor:
+    def _add_one(self, rows: Any, result: torch.Tensor) -> torch.Tensor:
         """For a layer that never reads a bias, a norm that was defined without one."""
-        assert batch.alone is not None
         for site in self.sites.values():
-            row = batch.alone.rows[site.number]
-            if row:
-                result = result + site.effective(row, None, result.dtype)
+            if rows[site.number]:
+                result = result + site.effective(rows[site.number], None, result.dtype)
         return result
-
-    def _fold(self, batch: Batch, rows: int) -> int:
-        factor, rest = divmod(rows, batch.size)
-        if rest or not factor:
-            raise TaskBankError(
-                f"{self.path} ({self._stock.__name__}) computes {rows} rows for a batch of {batch.size} examples, so "
-                "it is not known which belong to which. Ask for one task per call."
-            )
-        return factor
 
     def _dtype(self, base: torch.Tensor | None) -> torch.dtype:
         if base is not None:
             return base.dtype
-        weight = getattr(self.layer, "weight", None)
+        weight = getattr(self._layer, "weight", None)
         # `compute_dtype` is that of bitsandbytes' 4-bit layers, whose weight is stored as integers.
-        dtype: Any = getattr(self.layer, "compute_dtype", None) or getattr(weight, "dtype", torch.float32)
+        dtype: Any = getattr(self._layer, "compute_dtype", None) or getattr(weight, "dtype", torch.float32)
         return dtype if dtype.is_floating_point else torch.float32
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    return type(weight) is nn.Parameter and weight.is_floating_point()

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from .trees import SHARED, Path
+from ..tuner.nested import SHARED, Path
 
 
 class BankOutput(Sequence[ModelOutput]):
     """
-    What a bank answers: a sequence with one `ModelOutput` per example, of the kind that its task's model returns,
-    without the batch dimension.
+    What a bank answers: a sequence with one `ModelOutput` per example, of the class that its task's model
+    returns, without the batch dimension.
 
     `out[i].logits` and `out.logits[i]` are the same. As an attribute, a field is a list with one entry per example,
     `None` where the example's task has no such field: `logits` of classifiers, `start_logits` and `end_logits` of
@@ -43,7 +43,11 @@ class BankOutput(Sequence[ModelOutput]):
     def _answers(self) -> list[ModelOutput]:
         # Made when they are asked for: an object for each of a hundred examples takes as long as a layer, and most
         # callers want one field.
-        return [example_of(output, i, len(self), self._axes) for i, output in enumerate(self._outputs)]
+        answers = []
+        for i, output in enumerate(self._outputs):
+            rows = {name: self._row(value, (name,), i) for name, value in output.items()}
+            answers.append(type(output)(**{name: row for name, row in rows.items() if row is not None}))
+        return answers
 
     def __len__(self) -> int:
         return len(self._outputs)
@@ -57,8 +61,7 @@ class BankOutput(Sequence[ModelOutput]):
     def __getattr__(self, name: str) -> list[Any]:
         if name.startswith("_"):  # before `__init__` has run, as for a copy
             raise AttributeError(name)
-        size = len(self)
-        column = [_row(output.get(name), (name,), i, size, self._axes) for i, output in enumerate(self._outputs)]
+        column = [self._row(output.get(name), (name,), i) for i, output in enumerate(self._outputs)]
         if any(value is not None for value in column):
             return column
         raise AttributeError(f"no example of this batch has {name!r}; there are {self.fields}")
@@ -71,29 +74,14 @@ class BankOutput(Sequence[ModelOutput]):
     def __repr__(self) -> str:
         return f"BankOutput({len(self)} examples of {len(set(self.tasks))} tasks, fields {self.fields})"
 
-
-def example_of(
-    output: ModelOutput, example: int, size: int, axes: Mapping[Path, int | None] | None = None
-) -> ModelOutput:
-    """The part of a model's output that belongs to one example; fields that belong to none are left out.
-
-    Args:
-        output (`ModelOutput`): Of the whole batch.
-        example (`int`): Which one.
-        size (`int`): Of the batch.
-        axes (`Mapping`, *optional*): See [`BankOutput`].
-    """
-    rows = {name: _row(value, (name,), example, size, axes or {}) for name, value in output.items()}
-    return type(output)(**{name: row for name, row in rows.items() if row is not None})
-
-
-def _row(value: Any, path: Path, example: int, size: int, axes: Mapping[Path, int | None]) -> Any:
-    if isinstance(value, torch.Tensor):
-        axis = axes.get(path, 0)
-        if axis is None or axis == SHARED or value.dim() <= axis or value.shape[axis] != size:
-            return None
-        return value.select(axis, example)
-    if isinstance(value, (tuple, list)):
-        rows = [_row(item, (*path, number), example, size, axes) for number, item in enumerate(value)]
-        return None if any(row is None for row in rows) else tuple(rows)
-    return None
+    def _row(self, value: Any, path: Path, example: int) -> Any:
+        """What of an output belongs to one example; `None` where nothing does."""
+        if isinstance(value, torch.Tensor):
+            axis = self._axes.get(path, 0)
+            if axis is None or axis == SHARED or value.dim() <= axis or value.shape[axis] != len(self):
+                return None
+            return value.select(axis, example)
+        if isinstance(value, (tuple, list)):
+            rows = [self._row(item, (*path, number), example) for number, item in enumerate(value)]
+            return None if any(row is None for row in rows) else tuple(rows)
+        return None

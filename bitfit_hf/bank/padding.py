@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .trees import Path, leaves, rebuild
+from ..tuner.nested import Path, rebuild, tensors
 
 _MORE = 8  # tokens of padding; so many positions off, no answer stays what it was
 # Difference of two answers, as a share of the answer: far above rounding, far below a shift of the positions.
@@ -59,9 +59,9 @@ class Padding:
         padded = length + _MORE if room is None else min(length + _MORE, room)
         if padded <= length:
             return cls(None)
-        alone = _tensors(answering(None, None))
+        alone = tensors(answering(None, None))
         for side in (preferred, "left" if preferred == "right" else "right"):
-            found = _tensors(answering(padded, side))
+            found = tensors(answering(padded, side))
             axes = {path: _grown(tensor, found[path]) for path, tensor in alone.items() if path in found}
             if alone.keys() == found.keys() and all(
                 all(tensor.shape[axis] == length for axis in axes[path])
@@ -70,10 +70,6 @@ class Padding:
             ):
                 return cls(side, axes)
         return cls(None)
-
-
-def _tensors(answer: Mapping[str, Any]) -> dict[Path, torch.Tensor]:
-    return {path: value for path, value in leaves(answer) if isinstance(value, torch.Tensor)}
 
 
 def _grown(short: torch.Tensor, long: torch.Tensor) -> tuple[int, ...]:

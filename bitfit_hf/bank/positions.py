@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,23 +10,44 @@ from torch import nn
 
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")  # what models call theirs
 _RESERVED = 2  # rows that some tables have in front of the first position
+_NO_LIMIT = 1_000_000  # a tokenizer's `model_max_length` above this says that it does not know
 
 
-def most_tokens(model: nn.Module) -> int | None:
-    """How many tokens a model takes, by its table of positions or its configuration; `None` where neither says so."""
-    return positions_in_table(model) or _configured(model)
+@dataclass(frozen=True)
+class Positions:
+    """What a model says about the length of its inputs.
 
-
-def positions_in_table(model: nn.Module) -> int | None:
-    """How many tokens a model has absolute positions for; `None` where it looks them up in no table.
-
-    Models in the manner of RoBERTa count from behind the padding id, so of 514 rows they use 512.
+    Args:
+        in_table (`int`, *optional*):
+            How many tokens it has absolute positions for; `None` where it looks them up in no table. Models in the
+            manner of RoBERTa count from behind the padding id, so of 514 rows they use 512.
+        configured (`int`, *optional*): What its configuration says; `None` where that names no limit.
     """
-    most = _configured(model)
-    if most is None:
-        return None
-    usable = [_usable_rows(path, module, most) for path, module in model.named_modules()]
-    return min((rows for rows in usable if rows is not None), default=None)
+
+    in_table: int | None
+    configured: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Positions:
+        """Looks at a transformers model."""
+        config: Any = model.config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(most, int) or most <= 0:  # XLNet says -1: there is no limit
+            return cls(None, None)
+        usable = [_usable_rows(path, module, most) for path, module in model.named_modules()]
+        return cls(min((rows for rows in usable if rows is not None), default=None), most)
+
+    @property
+    def most(self) -> int | None:
+        """How many tokens the model takes, as far as it says so."""
+        return self.in_table or self.configured
+
+    def longest_text(self, tokenizer: Any) -> int | None:
+        """How many tokens a text may have: what the tokenizer says, but no more than there are positions for."""
+        own = tokenizer.model_max_length
+        if own > _NO_LIMIT:
+            return self.most
+        return own if self.in_table is None else min(own, self.in_table)
 
 
 def _usable_rows(path: str, module: Any, most: int) -> int | None:
@@ -36,8 +58,3 @@ def _usable_rows(path: str, module: Any, most: int) -> int | None:
         return None
     padding = getattr(module, "padding_idx", None)
     return most if padding is None else min(most, len(weight) - padding - 1)
-
-
-def _configured(model: Any) -> int | None:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else None  # XLNet says -1: there is no limit

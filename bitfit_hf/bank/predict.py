@@ -2,65 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
 
 from ..errors import TaskBankError
+from ..terms.tasks import MULTIPLE_CHOICE, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, Task
 from ..tuner.head import Labels
 from .padding import Padding
-
-if TYPE_CHECKING:
-    from .bank import TaskBank
+from .task_models import TaskModel
+from .texts import TextEncoder
 
 Prediction: TypeAlias = dict[str, Any] | list[dict[str, Any]]
 
 _SAMPLE = ("Who is it?", "We are.")
 _LONGEST_ANSWER = 30  # tokens
-_NO_LIMIT = 1_000_000  # a tokenizer's `model_max_length` above this says that it does not know
 
 
 def predict(
-    bank: TaskBank,
-    texts: Sequence[str | tuple[str, str]],
+    texts: Sequence[str | Sequence[str]],
     tasks: Sequence[str | None],
+    models: Mapping[str | None, tuple[TaskModel, Labels | None]],
     *,
+    encoder: TextEncoder,
+    run: Callable[..., Sequence[Mapping[str, Any]]],
     batch_size: int,
     progress: bool,
 ) -> list[Prediction]:
-    """See [`TaskBank.predict`]."""
-    texts, tasks = _check(bank, texts, tasks, batch_size)
-    described = {name: bank.describe(name) for name in dict.fromkeys(tasks)}
-    _check_kinds(bank, described)
-    paddings = {name: _padding(bank, name) for name in described}
-    encodings = [_encode(bank, i, texts[i], described[tasks[i]][0]) for i in range(len(texts))]
+    """See [`TaskBank.predict`].
+
+    Args:
+        texts (`Sequence[str]`), tasks (`Sequence[str]`): As many texts as task names.
+        models (`Mapping`): Model and labels of each task that is named.
+        encoder ([`TextEncoder`]): Makes the inputs of the bank's base.
+        run (`Callable`): The bank: answers an encoded batch, given `tasks`.
+        batch_size (`int`), progress (`bool`): As there.
+    """
+    for name, (model, _) in models.items():
+        _check_takes_text(name, model)
+    paddings = {name: _padding(name, model, encoder, run) for name, (model, _) in models.items()}
+    encodings = [
+        encoder.encode(number, text, question=models[name][0].task is QUESTION_ANSWERING)
+        for number, (text, name) in enumerate(zip(texts, tasks, strict=True))
+    ]
     answers: list[Prediction] = [{} for _ in texts]
     lengths = [len(encoding["input_ids"]) for encoding in encodings]
     batches = _batches([paddings[name].side for name in tasks], lengths, batch_size)
     for side, chosen in tqdm(batches, desc="predict", unit="batch", disable=not progress):
-        batch = _padded(bank, [encodings[i] for i in chosen], side=side)
-        output = bank(**batch, tasks=[tasks[i] for i in chosen])
-        for row, i in enumerate(chosen):
-            values = paddings[tasks[i]].cut(output[row], lengths[i])
-            answers[i] = _decode(values, encodings[i], texts[i], *described[tasks[i]])
+        batch = encoder.padded([encodings[i] for i in chosen], side=side)
+        output = run(**batch, tasks=[tasks[i] for i in chosen])
+        for answer, i in zip(output, chosen, strict=True):
+            model, labels = models[tasks[i]]
+            values = paddings[tasks[i]].cut(answer, lengths[i])
+            answers[i] = _decode(values, encodings[i], texts[i], model.task, labels)
     return answers
 
 
-def _padding(bank: TaskBank, name: str | None) -> Padding:
-    """What padding does to the answers of a task; tried once for each class."""
-    kind = bank.kind_of(name)
-    if kind.padding is None:
-        encoding = _encode(bank, 0, _SAMPLE[: 2 if is_question(kind.name) else 1], kind.name)
+def _check_takes_text(name: str | None, model: TaskModel) -> None:
+    takes = model.model.main_input_name
+    if model.task is MULTIPLE_CHOICE:
+        takes = "several texts for each example"
+    elif takes == "input_ids":
+        return
+    raise TaskBankError(
+        f"`predict` takes texts, and the task {name!r} is of a {model.name}, which takes {takes}. Pass encoded "
+        "inputs: `bank(**encoded, tasks=[...])`."
+    )
 
-        def answering(length: int | None, side: str | None) -> Mapping[str, Any]:
-            (answer,) = bank(**_padded(bank, [encoding], side=side, length=length), tasks=[name])
-            return answer
 
-        preferred, length = bank.tokenizer.padding_side, len(encoding["input_ids"])
-        kind.padding = Padding.of(answering, length, preferred=preferred, room=_longest(bank))
-    return kind.padding
+def _padding(name: str | None, model: TaskModel, encoder: TextEncoder, run: Callable[..., Any]) -> Padding:
+    """What padding does to the answers of a task; tried once for each task model."""
+    if model.padding is None:
+        question = model.task is QUESTION_ANSWERING
+        encoding = encoder.encode(0, _SAMPLE if question else _SAMPLE[0], question=question)
+
+        def answer(length: int | None, side: str | None) -> Mapping[str, Any]:
+            return run(**encoder.padded([encoding], side=side, length=length), tasks=[name])[0]
+
+        preferred, length = encoder.tokenizer.padding_side, len(encoding["input_ids"])
+        model.padding = Padding.of(answer, length, preferred=preferred, room=encoder.longest)
+    return model.padding
 
 
 def _batches(
@@ -72,116 +95,22 @@ def _batches(
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         groups.setdefault((sides[i], 0 if sides[i] else lengths[i]), []).append(i)
     return [
-        (group[0], members[start : start + batch_size])
-        for group, members in groups.items()
-        for start in range(0, len(members), batch_size)
+        (side, numbers[start : start + batch_size])
+        for (side, _), numbers in groups.items()
+        for start in range(0, len(numbers), batch_size)
     ]
 
 
-def _padded(bank: TaskBank, encodings: Sequence[Any], *, side: str | None, length: int | None = None) -> Any:
-    names = [name for name in bank.tokenizer.model_input_names if name in encodings[0]]
-    features = [{name: encoding[name] for name in names} for encoding in encodings]
-    padding = True if length is None else "max_length"
-    batch = bank.tokenizer.pad(features, padding, length, padding_side=side, return_tensors="pt")
-    return batch.to(bank.device)
-
-
-def _check(
-    bank: TaskBank, texts: Sequence[Any], tasks: Sequence[Any], batch_size: int
-) -> tuple[list[Any], list[str | None]]:
-    if bank.tokenizer is None:
-        raise TaskBankError("The bank has no tokenizer: make it with one, or pass encoded inputs to `bank(...)`.")
-    if bank.tokenizer.pad_token is None:
-        raise TaskBankError("The tokenizer has no padding token: set one (`tokenizer.pad_token = ...`).")
-    if isinstance(texts, str) or isinstance(tasks, str):
-        raise TaskBankError("`texts` and `tasks` are lists, one name per text.")
-    if len(texts) != len(tasks):
-        raise TaskBankError(f"There are {len(tasks)} task names for {len(texts)} texts; give one each.")
-    if not len(texts):
-        raise TaskBankError("There are no texts: pass at least one and its task.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise TaskBankError(f"`batch_size` is a positive number of texts, got {batch_size!r}.")
-    for text in texts:
-        pair = isinstance(text, (tuple, list)) and len(text) == 2 and all(isinstance(part, str) for part in text)
-        if not (isinstance(text, str) or pair):
-            raise TaskBankError(f"A text is a string or a pair of strings, got {text!r:.80}.")
-    return list(texts), list(tasks)
-
-
-def _check_kinds(bank: TaskBank, names: Iterable[str | None]) -> None:
-    for name in names:
-        kind = bank.kind_of(name)
-        takes = kind.shell.main_input_name
-        if kind.name.endswith("ForMultipleChoice"):
-            takes = "several texts for each example"
-        elif takes == "input_ids":
-            continue
-        raise TaskBankError(
-            f"`predict` takes texts, and the task {name!r} is of a {kind.name}, which takes {takes}. Pass encoded "
-            "inputs: `bank(**encoded, tasks=[...])`."
-        )
-
-
-def _encode(bank: TaskBank, number: int, text: str | Sequence[str], kind: str) -> Mapping[str, Any]:
-    tokenizer = bank.tokenizer
-    parts = (text,) if isinstance(text, str) else tuple(text)
-    question = is_question(kind)
-    longest = _longest(bank)
-    if question:
-        _check_question(tokenizer, number, parts, longest)
-    encoding = tokenizer(
-        *parts,
-        truncation=("only_second" if question else True) if longest is not None else False,
-        max_length=longest,
-        return_offsets_mapping=tokenizer.is_fast,
-        return_special_tokens_mask=True,
-    )
-    if not encoding["input_ids"]:
-        raise TaskBankError(f"texts[{number}] ({text!r:.80}) has no tokens, so there is nothing to answer from.")
-    if question and 1 not in encoding.sequence_ids():
-        raise TaskBankError(f"The context of texts[{number}] ({text[1]!r:.80}) is empty: there is no answer in it.")
-    return encoding
-
-
-def is_question(kind: str) -> bool:
-    """Whether a model class of this name answers questions from a context."""
-    return kind.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple"))
-
-
-def _check_question(tokenizer: Any, number: int, parts: Sequence[str], longest: int | None) -> None:
-    if not tokenizer.is_fast:
-        raise TaskBankError("Answers are cut out of the text, which takes a fast tokenizer (`use_fast=True`).")
-    if len(parts) != 2:
-        raise TaskBankError(
-            f"Question answering takes pairs `(question, context)`, got one text {parts[0]!r:.80} (texts[{number}])."
-        )
-    length = len(tokenizer(parts[0], add_special_tokens=False)["input_ids"])
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if longest is not None and length + special >= longest:
-        raise TaskBankError(
-            f"The question of texts[{number}] takes {length} tokens and {special} special ones, and the model takes "
-            f"{longest} in all, so nothing of the context would be read. Shorten the question ({parts[0]!r:.80})."
-        )
-
-
-def _longest(bank: TaskBank) -> int | None:
-    """How many tokens a text may have: what the tokenizer says, but no more than there are positions for."""
-    own = bank.tokenizer.model_max_length
-    if own > _NO_LIMIT:
-        return bank.max_length
-    return own if bank.num_positions is None else min(own, bank.num_positions)
-
-
 def _decode(
-    values: dict[str, Any], encoding: Any, text: str | Sequence[str], kind: str, labels: Labels | None
+    values: dict[str, Any], encoding: Any, text: str | Sequence[str], task: Task | None, labels: Labels | None
 ) -> Prediction:
     if "start_logits" in values:
         return _answer(values["start_logits"], values["end_logits"], encoding, text)
     logits = values.get("logits")
     if logits is not None and labels is not None:
-        if kind.endswith("ForTokenClassification"):
+        if task is TOKEN_CLASSIFICATION:
             return _entities(logits, encoding, text, labels)
-        if kind.endswith("ForSequenceClassification"):
+        if task is SEQUENCE_CLASSIFICATION:
             return _classification(logits, labels)
     return values
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..terms import Bias
+from ..terms.base_bias import add_deltas
 
 _FIRST_CAPACITY = 16
 
@@ -45,12 +46,14 @@ class Site:
     def hold(self, base: torch.Tensor) -> None:
         """From now on a row is `b_0 + δ`, so that whoever needs the effective bias has nothing to add.
 
-        It is the same sum, formed once in float32 instead of in each request. For tables of another dtype it would
-        not be: δ is far smaller than `b_0`, and rounded with it would lose its digits.
+        It is the same sum, formed once instead of in each request. Tables of another dtype than float32 stay as they
+        are: δ is far smaller than `b_0`, and rounded with it would lose its digits.
 
         Args:
             base (`torch.Tensor`): `b_0`; a copy is kept.
         """
+        if self.table.dtype is not torch.float32:
+            return
         assert len(self.table) == 1
         self.held = base.detach().flatten().to(self.table, copy=True)
         self.table[0] = self.held
@@ -78,12 +81,9 @@ class Site:
         """
         if row >= len(self.table):
             self._grow(row + 1)
-        values = delta.flatten().to(self.table)
-        if index is not None:
-            whole = values.new_zeros(self.size)
-            whole[index.to(whole.device)] = values
-            values = whole
-        self.table[row] = values if self.held is None else self.held + values
+        device = self.table.device
+        part = (delta.flatten().to(device), None if index is None else index.to(device))
+        self.table[row] = add_deltas(self.held, [part], dtype=self.table.dtype, shape=(self.size,))
 
     def _grow(self, needed: int) -> None:
         first = _FIRST_CAPACITY + self.number % _FIRST_CAPACITY
@@ -99,25 +99,17 @@ class Site:
 
     def effective(self, row: int, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`b_0 + δ` of one task, formed in float32 or finer and cast once to `dtype`."""
-        total = self.table[row]
-        if len(self.shape) > 1:
-            total = total.view(self.shape)
-        if self.held is None:
-            if total.dtype is not torch.float32:
-                total = total.float()
-            if base is not None:
-                total = base + total
-        return total if total.dtype is dtype else total.to(dtype)
+        values = self.table[row].view(self.shape)
+        if self.held is not None:
+            return values if values.dtype is dtype else values.to(dtype)
+        return add_deltas(base, [(values, None)], dtype=dtype)
 
     def effective_rows(self, rows: torch.Tensor, base: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`b_0 + δ` of each example, `(examples, size)`, a tensor of its own."""
         if self.held is not None:
             total = self.table.index_select(0, rows)
-        else:
-            total = self.delta_rows(rows)
-            if base is not None:
-                total = base + total if base.dtype is torch.float64 else total.add_(base)
-        return total if total.dtype is dtype else total.to(dtype)
+            return total if total.dtype is dtype else total.to(dtype)
+        return add_deltas(base, [(self.delta_rows(rows), None)], dtype=dtype)
 
     def delta_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """`δ` of each example, `(examples, size)`, float32, a tensor of its own."""

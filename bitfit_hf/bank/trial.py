@@ -11,29 +11,21 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import TaskBankError
-from .batch import Batch, Member, running
-from .trees import Path, batch_axis, leaves
+from ..tuner.nested import Path, batch_axis, tensors
+from .batch import Batch, running
 
 SIZES = (3, 5)  # no layer's width and no sequence here is a multiple of one and has the other's remainder
 _LENGTH = 7
 _SAMPLES = 4000  # of audio; a quarter of a second
 
 Shapes = dict[Path, tuple[int, ...]]
-
-
-@dataclass
-class Calls:
-    """The calls of one module in one run: shapes of its arguments and outputs."""
-
-    inputs: list[Shapes] = field(default_factory=list)
-    outputs: list[Shapes] = field(default_factory=list)
+Axes = dict[Path, int | None]
 
 
 def example_inputs(model: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
@@ -94,17 +86,15 @@ def _token_ids(config: Any, name: str) -> list[int]:
     return [i for i in ids if isinstance(i, int) and 0 <= i < config.vocab_size]
 
 
-def repeated(inputs: Mapping[str, torch.Tensor], batch_size: int) -> dict[str, torch.Tensor]:
-    """A batch of `batch_size` examples, taken in turn from the given ones."""
-    return {name: value[torch.arange(batch_size) % len(value)] for name, value in inputs.items()}
-
-
 class Trial:
     """What was seen in runs of the base.
 
     Args:
         model (`nn.Module`): The bank's copy of the base.
         inputs (`Mapping[str, torch.Tensor]`, *optional*): A batch to run it on; made up where there is none.
+
+    Attributes:
+        read_outside (`set`): The layers whose bias other code than their own reads.
 
     Raises:
         [`TaskBankError`]: The model cannot be run on them.
@@ -113,13 +103,19 @@ class Trial:
     def __init__(self, model: nn.Module, inputs: Mapping[str, torch.Tensor] | None = None) -> None:
         self.model = model
         self._given = inputs
-        self._paths: dict[nn.Module, str] = {module: path for path, module in model.named_modules()}
-        self.strangers: set[object] = set()
-        self._runs = [self._record(size) for size in SIZES]
+        self.read_outside: set[object] = set()
+        small, large = (self._record(size) for size in SIZES)
+        self._inputs, self._outputs = (
+            {path: _compare(small[path][part], large[path][part]) for path in small.keys() | large.keys()}
+            for part in (0, 1)
+        )
 
     def batch(self, size: int) -> dict[str, torch.Tensor]:
-        """Inputs for `size` examples, on the model's device."""
-        inputs = example_inputs(self.model, size) if self._given is None else repeated(self._given, size)
+        """Inputs for `size` examples, on the model's device; those that were given, taken in turn."""
+        if self._given is None:
+            inputs = example_inputs(self.model, size)
+        else:
+            inputs = {name: value[torch.arange(size) % len(value)] for name, value in self._given.items()}
         if not inputs:
             raise TaskBankError(
                 f"It is not known what a {type(self.model).__name__} takes, so the bank cannot try it. Pass "
@@ -128,18 +124,19 @@ class Trial:
         device = next(self.model.parameters()).device
         return {name: value.to(device) for name, value in inputs.items()}
 
-    def _record(self, size: int) -> dict[str, Calls]:
-        calls: dict[str, Calls] = defaultdict(Calls)
+    def _record(self, size: int) -> dict[str, tuple[list[Shapes], list[Shapes]]]:
+        """Shapes of the arguments and outputs of each call of each module, by its path."""
+        calls: dict[str, tuple[list[Shapes], list[Shapes]]] = defaultdict(lambda: ([], []))
+        paths = {module: path for path, module in self.model.named_modules()}
 
         def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            record = calls[self._paths[module]]
-            record.inputs.append(_shapes((args, kwargs)))
-            record.outputs.append(_shapes(output))
+            for seen, tree in zip(calls[paths[module]], ((args, kwargs), output), strict=True):
+                seen.append({path: tuple(tensor.shape) for path, tensor in tensors(tree).items()})
 
         inputs = self.batch(size)
-        handles = [module.register_forward_hook(see, with_kwargs=True) for module in self._paths]
-        batch = Batch([Member(range(size), [0])], size)
-        batch.alone, batch.strangers = None, self.strangers
+        handles = [module.register_forward_hook(see, with_kwargs=True) for module in paths]
+        batch = Batch([], size)
+        batch.read_outside = self.read_outside
         try:
             with torch.no_grad(), running(batch):
                 self.model(**inputs)
@@ -154,55 +151,53 @@ class Trial:
         return calls
 
     @property
-    def answer_axes(self) -> dict[Path, int | None]:
+    def answer_axes(self) -> Axes:
         """The batch dimension of each tensor that the model returns.
 
         `None` where several examples come together (CLIP's similarities), [`SHARED`] where it is the same for all.
         """
-        _, outputs = self.axes("")
-        return {path: axis for call in outputs or () for path, axis in call.items()}
+        return {path: axis for call in self._outputs[""] or () for path, axis in call.items()}
 
     def reached(self, path: str) -> bool:
         """Whether the module was called."""
-        return path in self._runs[0]
+        return path in self._outputs
 
     def output_axis(self, path: str) -> int | None:
         """The batch dimension of the module's output, where it returns one tensor and the same holds in every call."""
-        _, outputs = self.axes(path)
-        found = {axis for call in outputs or () for axis in call.values()}
-        single = all(set(call) == {()} for call in outputs or ())
-        return found.pop() if len(found) == 1 and single else None
+        calls = self._outputs.get(path) or ()
+        axes = {axis for call in calls for axis in call.values()}
+        return axes.pop() if len(axes) == 1 and all(set(call) == {()} for call in calls) else None
+
+    def enclosing(self, path: str) -> str | None:
+        """The smallest module around a layer, or the layer, that can be run on a part of the batch."""
+        while self.separable(path) is None:
+            if not path:
+                return None
+            path = path.rpartition(".")[0]
+        return path
 
     def separable(self, path: str) -> tuple[dict[Path, int], dict[Path, int]] | None:
         """The batch dimensions of all arguments and outputs of a module that can be run on a part of the batch."""
-        inputs, outputs = self.axes(path)
+        inputs, outputs = (_same_in_all(calls.get(path)) for calls in (self._inputs, self._outputs))
         if not inputs or not outputs:
             return None
-        merged: list[dict[Path, int]] = []
-        for calls in (inputs, outputs):
-            axes: dict[Path, int] = {}
-            for call in calls:
-                for place, axis in call.items():
-                    if axis is None or axes.setdefault(place, axis) != axis:
-                        return None
-            merged.append(axes)
-        if not any(axis >= 0 for axis in merged[0].values()) or any(axis < 0 for axis in merged[1].values()):
+        if not any(axis >= 0 for axis in inputs.values()) or any(axis < 0 for axis in outputs.values()):
             return None
-        return merged[0], merged[1]
-
-    def axes(self, path: str) -> tuple[list[dict[Path, int | None]] | None, list[dict[Path, int | None]] | None]:
-        """For each call of a module the batch dimension of every argument, and of every output."""
-        small, large = (run.get(path) for run in self._runs)
-        if small is None or large is None:
-            return None, None
-        return _compare(small.inputs, large.inputs), _compare(small.outputs, large.outputs)
+        return inputs, outputs
 
 
-def _shapes(tree: Any) -> Shapes:
-    return {path: tuple(value.shape) for path, value in leaves(tree) if isinstance(value, torch.Tensor)}
-
-
-def _compare(small: list[Shapes], large: list[Shapes]) -> list[dict[Path, int | None]] | None:
+def _compare(small: list[Shapes], large: list[Shapes]) -> list[Axes] | None:
+    """For each call the batch dimension of every tensor."""
     if len(small) != len(large) or any(a.keys() != b.keys() for a, b in zip(small, large, strict=True)):
         return None
     return [{path: batch_axis(a[path], b[path], SIZES) for path in a} for a, b in zip(small, large, strict=True)]
+
+
+def _same_in_all(calls: list[Axes] | None) -> dict[Path, int] | None:
+    """The batch dimensions, where each is known and the same in every call."""
+    axes: dict[Path, int] = {}
+    for call in calls or ():
+        for path, axis in call.items():
+            if axis is None or axes.setdefault(path, axis) != axis:
+                return None
+    return axes

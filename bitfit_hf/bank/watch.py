@@ -15,7 +15,7 @@ What is noticed, and when:
   write that torch has counted is reported whatever was written.
 
 What happens to the given model's modules, or moves its parameters to other memory (`model.to(...)`, `model.half()`),
-does not reach the bank at all: it has parameters of its own on the memory that it was made on. (Quantised layers
+does not reach the bank at all: it has parameters of its own on the memory that it was made on. (Quantized layers
 excepted, whose parameters it shares; transformers refuses to convert these.)
 """
 
@@ -38,7 +38,7 @@ class _Kept:
         self.name = name
         self.tensor = tensor.detach()  # has the memory and the counter of writes, whatever its owner does
         self.whole = whole
-        # Quantised tensors are not plain, and their layers put other values into them as they compute.
+        # Quantized tensors are not plain, and their layers put other values into them as they compute.
         self.compared = type(self.tensor) is torch.Tensor and not tensor.is_meta and tensor.numel() > 0
         self._places: torch.Tensor | None = None
         if self.compared and not whole:

@@ -82,6 +82,7 @@ class BitFitCardData:
         digest (`str`, *optional*): Of delta and head.
         num_bytes (`int`, *optional*): Size of the tensors.
         added (`int`, *optional*): Biases that the base does not have.
+        added_tokens (`int`, *optional*): Tokens that the base does not have.
         picture (`str`, *optional*): File name of the picture of the bias change.
         stock (`bool`, *optional*): Whether there is an export for stock libraries.
     """
@@ -111,6 +112,7 @@ class BitFitCardData:
     digest: str | None = None
     num_bytes: int | None = None
     added: int = 0
+    added_tokens: int = 0
     picture: str | None = None
     stock: bool = False
 
@@ -135,9 +137,13 @@ class BitFitCardData:
         """
         run = run or config.run
         count = term_counts(config)
-        total = config.size_of_last_state if delta is None else delta.num_parameters(head=True)
-        if total is not None:
-            count = ParameterCount(count.terms, head=total - count.biases)
+        total = config.size_of_last_state
+        if delta is not None:
+            count = term_counts(delta)
+            total = count.total
+        elif total is not None:
+            tokens = config.tokens_in_last_state
+            count = ParameterCount(count.terms, head=total - count.biases - tokens, tokens=tokens)
         prints = config.base_fingerprint
         labels = list((config.id2label or {}).values())
         named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))
@@ -156,6 +162,7 @@ class BitFitCardData:
             problem_type="regression" if config.num_labels == 1 else config.problem_type,
             digest=config.to_dict().get("weights_digest") if delta is None else delta.digest,
             num_bytes=None if total is None else 4 * total,
+            added_tokens=config.added_tokens or 0,
             added=sum(b.num_parameters for b in decode_layout(config.bias_layout or {}) if not b.exists),
             picture=PICTURE_FILE if folder is not None and (folder / PICTURE_FILE).is_file() else None,
             stock=folder is not None and (folder / STOCK_FOLDER).is_dir(),

@@ -128,7 +128,7 @@ def load_model(
     Raises:
         [`CheckpointError`]: It cannot be loaded.
     """
-    from ..terms import head_modules
+    from ..terms import head_modules, part_of
 
     with _reading(path_or_repo):
         model, report = cls.from_pretrained(
@@ -141,8 +141,8 @@ def load_model(
             output_loading_info=True,
         )
     if complete:
-        head = tuple(f"{path}." for path in head_modules(model))
-        missing = [name for name in report["missing_keys"] if not name.startswith(head)]
+        head = head_modules(model)
+        missing = [name for name in report["missing_keys"] if part_of(name, head) is None]
         if missing:
             raise CheckpointError(
                 f"{path_or_repo} has no weights for {', '.join(sorted(missing)[:4])} of {type(model).__name__}"

@@ -18,8 +18,7 @@ from ..analysis import bias_change, pieces, term_counts
 from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..storage.files import CARD_FILE
-from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, select_biases, unknown_vectors
-from ..terms.structure import walk
+from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, part_tensors, select_biases, unknown_vectors
 from ..tuner.plan import num_base_parameters
 
 # Where a bias is: stack, term, layer.
@@ -50,10 +49,12 @@ def inspect_delta(delta: BiasDelta, folder: Path, name: str, *, largest: int) ->
         "parameters": {
             "biases": counts.biases,
             "head": counts.head,
+            "tokens": counts.tokens,
             "total": counts.total,
             "base": of_base,
             "biases_percent_of_base": 100 * counts.biases / of_base if of_base else None,
         },
+        "added_tokens": config.added_tokens or 0,
         "added_biases": sum(not group[0].exists for group in delta.biases.values()),
         "head": {name: list(tensor.shape) for name, tensor in delta.head.items()},
         "num_labels": config.num_labels,
@@ -80,8 +81,8 @@ def inspect_base(model: nn.Module, name: str) -> dict[str, Any]:
     except UnknownHeadError:
         head = None
     biases = find_biases(model)
-    modules = dict(walk(model))
     of_base = num_base_parameters(model, head or [])
+    of_head = sum(t.numel() for t in part_tensors(model, head or []).values() if isinstance(t, nn.Parameter))
     of_biases = sum(bias.num_parameters for bias in biases)
     return {
         "kind": "base",
@@ -90,7 +91,7 @@ def inspect_base(model: nn.Module, name: str) -> dict[str, Any]:
         "terms": _terms(biases),
         "parameters": {
             "biases": of_biases,
-            "head": None if head is None else sum(p.numel() for path in head for p in modules[path].parameters()),
+            "head": None if head is None else of_head,
             "base": of_base,
             "biases_percent_of_base": 100 * of_biases / of_base if of_base else None,
         },

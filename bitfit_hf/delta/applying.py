@@ -19,13 +19,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..backends.sharded import is_sharded
-from ..errors import DeltaMismatchError, MergeError, collect
+from ..errors import AddedTokensError, DeltaMismatchError, MergeError, collect
 from ..terms import Bias
 from ..terms.base_bias import Found, add_deltas, base_bias, forget, found, overwritten, put_back, tells, write_over
 from ..terms.structure import stock_root, walk
+from ..terms.token_tensors import check_room
+from ..tuner.added_tokens import AddedTokens, fit_added_tokens
 from ..tuner.head import Labels, float32_copy, resized
 from ..tuner.layer import reads_bias, span_index
 from ..tuner.places import find_labels, find_places
+from ..tuner.token_rows import added_shapes
+from .applied_rows import AppliedRows, RowRecord
+
+Part = nn.Module | nn.Parameter  # of a head, see `bitfit_hf.terms.head_modules`
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +43,10 @@ class AppliedDelta:
         name (`str`): Of its base, for messages.
         biases (`Mapping[str, list[Bias]]`): What it tunes, by the name of the tensor.
         deltas (`Mapping[str, torch.Tensor]`): `δ` by the same names.
-        head (`Mapping[str, Mapping[str, torch.Tensor]]`): For each leaf of the head its tensors.
+        head (`Mapping[str, Mapping[str, torch.Tensor]]`): For each part of the head its tensors, by their names in it;
+            that of a parameter is empty.
         labels ([`Labels`], *optional*): Those of the head.
+        added ([`AppliedRows`], *optional*): Those of added tokens.
     """
 
     digest: str
@@ -47,6 +55,7 @@ class AppliedDelta:
     deltas: Mapping[str, torch.Tensor]
     head: Mapping[str, Mapping[str, torch.Tensor]]
     labels: Labels | None
+    added: AppliedRows | None = None
 
 
 class Ledger:
@@ -59,7 +68,8 @@ class Ledger:
     def __init__(self, root: nn.Module) -> None:
         self._root = weakref.ref(root)
         self.applied: list[AppliedDelta] = []
-        self._leaves: dict[str, nn.Module] = {}  # the model's own, where a delta's stand in their place
+        self._own: dict[str, Part] = {}  # parts of the model's own head, where a delta's stand in their place
+        self._rows = RowRecord()
         self._labels = _labels_of(root)
 
     @property
@@ -110,11 +120,39 @@ class Ledger:
 
     # --- checking ---
 
-    def fit(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> AppliedDelta:
-        """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels."""
+    def place_tokens(self, delta: AppliedDelta, *, gone: bool) -> AddedTokens | None:
+        """Where the added tokens are that the model is going to have: those of `delta`, or of one that it has.
+
+        Args:
+            delta ([`AppliedDelta`]): What is about to be applied.
+            gone (`bool`): What [`~Ledger.is_gone`] says.
+
+        Raises:
+            [`AddedTokensError`]: Those of `delta` do not fit the model, or what is applied to it.
+        """
+        others = [] if gone else [other.added for other in self.applied if other.added is not None]
+        added = delta.added or next(reversed(others), None)
+        if added is None:
+            return None
+        if any(other.start != added.start for other in others):
+            raise AddedTokensError(
+                f"This delta's tokens were added to a base of {added.start}, those of a delta that is applied to this "
+                f"{type(self.root).__name__} to one of {others[0].start}. Load the delta onto a base of its own."
+            )
+        return fit_added_tokens(self.root, added.start, added.count, others=bool(others))
+
+    def fit(self, delta: AppliedDelta, tokens: AddedTokens | None, layers: Mapping[str, nn.Module]) -> AppliedDelta:
+        """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels.
+
+        Args:
+            delta ([`AppliedDelta`]): What is about to be applied.
+            tokens ([`AddedTokens`], *optional*): What [`~Ledger.place_tokens`] has found.
+            layers (`Mapping[str, nn.Module]`): The model's, see [`~Ledger.layers`].
+        """
         model = self.root
         biases = [bias for group in delta.biases.values() for bias in group]
-        for bias in find_places(model, biases, list(delta.head), base=delta.name):
+        base_rows = None if tokens is None else tokens.base_rows
+        for bias in find_places(model, biases, list(delta.head), base=delta.name, base_rows=base_rows):
             layer = layers[bias.module]
             if not bias.exists and not reads_bias(layer, bias.parameter):
                 raise MergeError(
@@ -122,6 +160,9 @@ class Ledger:
                     "written into it. Load the delta as an adapter instead: `model.load_adapter(...)`."
                 )
         labels, problems = self._fit_head(layers, delta)
+        if delta.added is not None and tokens is not None:
+            check_room(model, tokens.tensors, max(tokens.tensors.rows, tokens.stop))
+            problems += _row_problems(delta.added, added_shapes(layers, tokens))
         if problems:
             raise DeltaMismatchError(
                 f"This delta does not fit {type(model).__name__}:{collect(problems)}\n"
@@ -131,7 +172,8 @@ class Ledger:
         return delta if delta.labels is None else replace(delta, labels=labels)
 
     def _fit_head(self, layers: Mapping[str, nn.Module], delta: AppliedDelta) -> tuple[Labels | None, list[str]]:
-        missing = [path for path in delta.head if path not in layers]
+        parts = {path: _part(self.root, path) for path in delta.head}
+        missing = [path for path, part in parts.items() if part is None]
         if missing:
             name = type(self.root).__name__
             return None, [f"the head's {path} has no place: {name} has no such layer" for path in missing]
@@ -145,7 +187,7 @@ class Ledger:
         problems = []
         for path, tensors in delta.head.items():
             size = labels.num_labels if labels is not None and path == logits else None
-            own = float32_copy(layers[path], size).state_dict()
+            own = _state(parts[path] if path not in layers else float32_copy(layers[path], size))  # type: ignore[arg-type]
             if own.keys() != tensors.keys():
                 problems.append(f"the head's {path} holds {sorted(tensors)}, the model's {sorted(own)}")
                 continue
@@ -158,9 +200,11 @@ class Ledger:
         return labels, problems
 
     def _check_values_at_hand(self, modules: Mapping[str, nn.Module], delta: AppliedDelta) -> None:
-        owners = {group[0].module for group in delta.biases.values()} | set(delta.head)
+        owners = {group[0].module for group in delta.biases.values()}
+        owners |= {path if path in modules else path.rpartition(".")[0] for path in delta.head}
+        owners |= {name.rpartition(".")[0] for name in (delta.added.tensors if delta.added is not None else ())}
         absent = [
-            f"{path}.{name} is {'on the meta device' if tensor.is_meta else 'split over devices'}"
+            f"{path}.{name} is {'on the meta device' if tensor.is_meta else 'split over devices'}".removeprefix(".")
             for path in sorted(owners)
             for name, tensor in modules[path].named_parameters(recurse=False)
             if tensor.is_meta or is_sharded(tensor)
@@ -176,14 +220,14 @@ class Ledger:
 
     def add(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Writes `delta` into the model, beside those that are there."""
-        before = self._headed()
+        before = (self._headed(), self._enlarged())
         self.applied.append(delta)
         self._write(layers, before)
         LEDGERS[self.root] = self
 
     def remove(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Takes `delta` out of the model."""
-        before = self._headed()
+        before = (self._headed(), self._enlarged())
         self.applied.remove(delta)
         for name in delta.deltas.keys() - self._names().keys():
             path, _, parameter = name.rpartition(".")
@@ -201,34 +245,40 @@ class Ledger:
         headed = self._headed()
         if headed is not None:
             fits = True
-            for path, own in self._leaves.items():
-                leaf = self.root.get_submodule(path)
-                if _holds(leaf, headed.head.get(path, {})):
+            for path, own in self._own.items():
+                part = _part(self.root, path)
+                assert part is not None  # the delta was written into it
+                if _holds(part, headed.head.get(path, {})):
                     _put(self.root, path, own)
                 else:
-                    fits = fits and _shapes(leaf) == _shapes(own)
+                    fits = fits and _shapes(part) == _shapes(own)
             if fits and self._labels is not None and _labels_of(self.root) == headed.labels:
                 self._labels.give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
+        self._rows.start_anew(self.root)
         self.applied.clear()
-        self._leaves.clear()
+        self._own.clear()
         self._labels = _labels_of(self.root)
         LEDGERS.pop(self.root, None)
 
-    def _write(self, layers: Mapping[str, nn.Module], before: AppliedDelta | None) -> None:
-        """Writes the sum of the deltas over the base, and the last head, where that is no longer that of `before`."""
+    def _write(self, layers: Mapping[str, nn.Module], before: tuple[AppliedDelta | None, AppliedDelta | None]) -> None:
+        """Writes the sum of the deltas over the base, and the last head and rows of added tokens, where they are no
+        longer those of the deltas `before`."""
         with torch.no_grad():
             for name in self._names():
                 path, _, parameter = name.rpartition(".")
                 write_over(layers[path], parameter, self._sum(name, layers[path], parameter))
-        headed = self._headed()
-        if headed is before:
+        headed, enlarged = self._headed(), self._enlarged()
+        if enlarged is not before[1]:
+            self._rows.write(self.root, None if enlarged is None else enlarged.added)
+        if headed is before[0]:
             return
-        for path, leaf in self._leaves.items():
-            _put(self.root, path, leaf)
+        for path, own in self._own.items():
+            _put(self.root, path, own)
         if headed is not None:
             for path, tensors in headed.head.items():
-                leaf = self._leaves.setdefault(path, self.root.get_submodule(path))
-                _put(self.root, path, _head_leaf(leaf, tensors))
+                part = _part(self.root, path)
+                assert part is not None  # `check` has seen to it
+                _put(self.root, path, _tuned_part(self._own.setdefault(path, part), tensors))
         if self._labels is not None:
             given = None if headed is None else headed.labels
             (given or self._labels).give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
@@ -243,11 +293,16 @@ class Ledger:
                 index = span_index(delta.biases[name])
                 parts.append((delta.deltas[name].to(like.device), None if index is None else index.to(like.device)))
         shape = next(delta.biases[name][0].shape for delta in self.applied if name in delta.biases)
+        if base is not None and base.shape != shape:  # the entries of added tokens come behind the base's
+            base = base[: shape[0]]
         dtype = like.dtype if like.dtype.is_floating_point else torch.float32
         return add_deltas(None if base is None else base.to(like.device), parts, dtype=dtype, shape=shape)
 
     def _headed(self) -> AppliedDelta | None:
         return next((delta for delta in reversed(self.applied) if delta.head), None)
+
+    def _enlarged(self) -> AppliedDelta | None:
+        return next((delta for delta in reversed(self.applied) if delta.added is not None), None)
 
 
 LEDGERS: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary()
@@ -266,28 +321,52 @@ def is_applied(model: nn.Module) -> bool:
     return next(overwritten(layers), None) is not None or (bool(ledger.applied) and not ledger.is_gone(layers))
 
 
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+def _row_problems(added: AppliedRows, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    found = {name: tuple(tensor.shape) for name, tensor in added.tensors.items()}
+    return [f"{name} of the added tokens has no place" for name in found if name not in wanted] + [
+        f"{name} of the added tokens is {found.get(name, 'missing')}, the model needs {shape}"
+        for name, shape in wanted.items()
+        if found.get(name) != shape
+    ]
+
+
+def _part(root: nn.Module, path: str) -> Part | None:
     parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)
+    owner = dict(walk(root)).get(parent)
+    if owner is None:
+        return None
+    module = owner._modules.get(name)
+    return owner._parameters.get(name) if module is None else module
 
 
-def _holds(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
-    own = leaf.state_dict()
+def _put(root: nn.Module, path: str, part: Part) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(root.get_submodule(parent), name, part)
+
+
+def _state(part: Part) -> dict[str, torch.Tensor]:
+    return {"": part} if isinstance(part, nn.Parameter) else part.state_dict()
+
+
+def _holds(part: Part, tensors: Mapping[str, torch.Tensor]) -> bool:
+    own = _state(part)
     return own.keys() == tensors.keys() and all(
         own[key].shape == value.shape and torch.equal(own[key], value.to(own[key])) for key, value in tensors.items()
     )
 
 
-def _shapes(leaf: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in leaf.state_dict().items()}
+def _shapes(part: Part) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _state(part).items()}
 
 
 def _output_axis(leaf: nn.Module) -> int:
     return 1 if isinstance(leaf, Conv1D) else 0
 
 
-def _head_leaf(leaf: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of the model's own leaf, with the delta's tensors in the model's dtype."""
+def _tuned_part(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> Part:
+    """A copy of the model's own leaf or parameter, with the delta's tensors in the model's dtype."""
+    if isinstance(leaf, nn.Parameter):
+        return nn.Parameter(tensors[""].to(leaf, copy=True), requires_grad=leaf.requires_grad)
     own = leaf.state_dict()
     clone: nn.Module
     if any(own[key].shape != tensor.shape for key, tensor in tensors.items()):

@@ -27,8 +27,10 @@ from ..terms import find_biases
 from ..terms.base_bias import add_deltas
 from ..terms.structure import stock_root, walk
 from ..terms.tasks import BY_PEFT_NAME
+from ..tuner.added_tokens import base_rows_of
 from ..tuner.layer import span_index
 from ..tuner.places import find_places
+from ..tuner.token_rows import parameter_of
 from .applying import is_applied
 from .value import BiasDelta
 
@@ -52,6 +54,10 @@ def export_stock(
     )
     PeftModel.from_pretrained(base_with_3_labels, "user/delta", subfolder="stock")
     ```
+
+    Where tokens were added for the task, the adapter also holds their rows (LoRA's `trainable_token_indices`). The
+    base has to be resized first, as for any such adapter of stock PEFT: `base.resize_token_embeddings(number)`, then
+    `PeftModel.from_pretrained` or `base.load_adapter`. Language models with added tokens cannot be exported.
 
     Args:
         delta_or_model ([`BiasDelta`] or `nn.Module`): A delta, or a model with a BitFit adapter.
@@ -97,10 +103,13 @@ def stock_files(
             "The model's biases are not those of its base: a delta was applied or merged into them. Take it out first "
             "(`BiasDelta.remove_`, `unmerge_adapter`), or pass `base=` a freshly loaded base."
         )
+    trained_on, base_rows = delta.config.base_model_name_or_path, base_rows_of(root, delta.config)
     if not isinstance(delta_or_model, nn.Module):
-        check_base(root, delta.config.base_fingerprint, delta_base=delta.config.base_model_name_or_path)
+        check_base(root, delta.config.base_fingerprint, delta_base=trained_on, base_rows=base_rows)
+    _refuse_parameters(root, delta)
     biases = [bias for group in delta.biases.values() for bias in group]
-    find_places(root, biases, delta.config.modules_to_save or [], base=delta.config.base_model_name_or_path)
+    find_places(root, biases, delta.config.modules_to_save or [], base=trained_on, base_rows=base_rows)
+    _refuse_shared_tokens(root, delta)
     carrier = _carrier(root, delta)
     config = LoraConfig(
         task_type=delta.config.task_type,
@@ -109,6 +118,7 @@ def stock_files(
         auto_mapping=delta.config.auto_mapping,
         target_modules=re.escape(carrier),  # a string is a pattern for the whole path
         modules_to_save=_saved_modules(root, delta.config.modules_to_save or []) or None,
+        trainable_token_indices=_token_indices(delta) or None,
         bias="all",
         r=1,
         lora_alpha=1,
@@ -159,6 +169,34 @@ def _refuse_added(delta: BiasDelta) -> None:
             "for them. Share the delta itself, or a merged copy (`merge_and_unload`) where the architecture has a "
             "switch for biases."
         )
+
+
+def _refuse_parameters(root: nn.Module, delta: BiasDelta) -> None:
+    modules = dict(walk(root))
+    parameters = [name for name in delta.config.modules_to_save or [] if name not in modules]
+    if parameters:
+        raise StockExportError(
+            f"The head of {type(root).__name__} has parameters that lie in no module:{collect(parameters)}\nStock "
+            "PEFT saves modules only. Share the delta itself, or a merged copy (`merge_and_unload`)."
+        )
+
+
+def _refuse_shared_tokens(root: nn.Module, delta: BiasDelta) -> None:
+    """PEFT's layer for single tokens knows no bias, and what it finds tied to the embeddings it wraps by its name."""
+    uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
+    modules = dict(walk(root))
+    shared = [name for name in delta.added if len(delta.added) > 1 or uses[id(parameter_of(modules, name))] > 1]
+    if shared:
+        raise StockExportError(
+            f"The added tokens of this delta have rows in more than one layer of {type(root).__name__}:"
+            f"{collect(sorted(shared))}\nStock PEFT would compute something else with them. Share the delta itself, "
+            "or a merged copy (`merge_and_unload`)."
+        )
+
+
+def _token_indices(delta: BiasDelta) -> dict[str, list[int]]:
+    start, count = delta.config.base_vocab_size or 0, delta.config.added_tokens or 0
+    return {name.rpartition(".")[0]: list(range(start, start + count)) for name in delta.added}
 
 
 def _carrier(root: nn.Module, delta: BiasDelta) -> str:
@@ -233,6 +271,8 @@ def _tensors(root: nn.Module, delta: BiasDelta, carrier: str) -> dict[str, torch
     inputs, outputs = _extents(modules[carrier])
     tensors[f"{KEY_PREFIX}{carrier}.lora_A.weight"] = torch.zeros(1, inputs)
     tensors[f"{KEY_PREFIX}{carrier}.lora_B.weight"] = torch.zeros(outputs, 1)
+    for name, rows in delta.added.items():
+        tensors[f"{KEY_PREFIX}{name.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"] = rows
     return tensors | {KEY_PREFIX + name: tensor for name, tensor in delta.head.items()}
 
 

@@ -25,15 +25,19 @@ from ..errors import (
 from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.fetch import fetch_delta
-from ..storage.files import KEY_PREFIX, check_values, digest, read_pair, write_pair
+from ..storage.files import KEY_PREFIX, check_values, digest, is_added, read_pair, write_pair
 from ..storage.fingerprint import OnMismatch, check_base, differing, fingerprint
-from ..terms import Bias, find_biases, head_modules
+from ..terms import Bias, SavedNames, find_biases, head_modules, part_of, part_tensors
 from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
+from ..terms.token_tensors import check_rows, vocabulary_size
+from ..tuner.added_tokens import AddedTokens, fit_added_tokens, placed_tokens
 from ..tuner.head import Labels
 from ..tuner.layer import PREFIX, span_index
 from ..tuner.plan import num_base_parameters
 from ..tuner.state import delta_parameters, head_tensors, is_bitfit, read_labels
+from ..tuner.token_rows import added_shapes, parameter_of
+from .applied_rows import AppliedRows
 from .applying import AppliedDelta, ledger_of
 
 if TYPE_CHECKING:
@@ -52,13 +56,17 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         tensors (`Mapping[str, torch.Tensor]`): The deltas by stock name.
         config ([`BitFitConfig`]): What was selected, on which base, and the labels.
         head (`Mapping[str, torch.Tensor]`, *optional*): Parameters of the head by stock name.
+        added (`Mapping[str, torch.Tensor]`, *optional*):
+            Rows of the tokens that were added for the task, by the stock name of the layer and `.added_rows`, and
+            their entries in an output layer's bias, `.added_bias`.
 
     Raises:
         [`DeltaFormatError`]: The tensors are not what the configuration says, not float32, or not finite.
 
     **Arithmetic.** `a + b`, `a - b` and `a * 0.5` calculate with the deltas; a bias that one side does not tune counts
     as zero there. Both sides must belong to the same base. A head is no difference to anything: scaling keeps it, a
-    sum or difference keeps it where only one side has one or both have the same, and has none otherwise.
+    sum or difference keeps it where only one side has one or both have the same, and has none otherwise. Rows of added
+    tokens are kept like a head; two deltas that have different ones cannot be added.
 
     Example:
 
@@ -77,14 +85,19 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         *,
         config: BitFitConfig,
         head: Mapping[str, torch.Tensor] | None = None,
+        added: Mapping[str, torch.Tensor] | None = None,
         where: str = "this delta",
     ) -> None:
         self.config = config
         self.head = dict(head or {})
+        if config.modules_to_save is not None:
+            config.modules_to_save = SavedNames(config.modules_to_save).without_peft_names(self.head)
+        self.added = dict(added or {})
         self.biases = _group(decode_layout(config.bias_layout or {}))
         self._tensors = {name: tensors[name] for name in self.biases if name in tensors}
         self.extraction_error: float | None = None
         _check_tensors(tensors, self.head, self.biases, config.modules_to_save or [], where)
+        _check_added(self.added, config.added_tokens or 0, where)
 
     # --- where deltas come from ---
 
@@ -144,14 +157,16 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         """
         config = BitFitConfig.from_values(values, where=where)
         config.check_layout_known(where=where)
-        deltas, head = {}, {}
+        deltas, head, added = {}, {}, {}
         for key, tensor in tensors.items():
             module, _, last = key.removeprefix(KEY_PREFIX).rpartition(".")
             if last.startswith(PREFIX):
                 deltas[f"{module}.{last.removeprefix(PREFIX)}"] = tensor
+            elif config.added_tokens and is_added(last):
+                added[key.removeprefix(KEY_PREFIX)] = tensor
             else:
                 head[key.removeprefix(KEY_PREFIX)] = tensor
-        return cls(deltas, config=config, head=head, where=where)
+        return cls(deltas, config=config, head=head, added=added, where=where)
 
     @classmethod
     def from_model(cls, tuned: nn.Module, adapter_name: str = "default") -> BiasDelta:
@@ -174,6 +189,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 f"{type(tuned).__name__} has no BitFit adapter {adapter_name!r} (it has {known}). For two plain "
                 "checkpoints use `BiasDelta.from_models(base, tuned)`."
             )
+        check_rows(tuned)
         put_back(tuned)
         read_labels(tuned, adapter_name, config)
         deltas = {}
@@ -181,7 +197,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             module, _, last = key.rpartition(".")
             deltas[f"{module}.{last.removeprefix(PREFIX)}"] = _copy(gathered(parameter))
         head = {name: _copy(gathered(tensor)) for name, tensor in head_tensors(tuned, adapter_name).items()}
-        return cls(deltas, config=copy.deepcopy(config), head=head, where=f"adapter {adapter_name!r}")
+        added = {name: head.pop(name) for name in list(head) if config.added_tokens and is_added(name)}
+        return cls(deltas, config=copy.deepcopy(config), head=head, added=added, where=f"adapter {adapter_name!r}")
 
     @classmethod
     def from_models(cls, base: nn.Module, tuned: nn.Module) -> BiasDelta:
@@ -195,14 +212,25 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             tuned (`nn.Module`): The checkpoint after tuning.
 
         Raises:
-            [`DeltaMismatchError`]: They differ in more than biases and head; what differs is named.
+            [`DeltaMismatchError`]: They differ in more than biases, head and added tokens; what differs is named.
         """
         base, tuned = stock_root(base), stock_root(tuned)
-        layers = dict(walk(base))
+        layers, tuned_layers = dict(walk(base)), dict(walk(tuned))
         head_names = head_modules(tuned)
         biases = [bias for bias in find_biases(tuned) if bias.exists]
-        before, after = dict(base.named_parameters()), dict(tuned.named_parameters())
-        names = {bias.name for bias in biases}
+        before: dict[str, torch.Tensor] = dict(base.named_parameters(remove_duplicate=False))
+        after: dict[str, torch.Tensor] = dict(tuned.named_parameters(remove_duplicate=False))
+        tuned_ones = {id(after[bias.name]) for bias in biases}
+        names = {name for name, tensor in after.items() if id(tensor) in tuned_ones}  # tied ones have several
+        added: dict[str, torch.Tensor] = {}
+        tokens = _tokens_between(base, tuned)
+        if tokens is not None:
+            biases = tokens.in_base(biases)
+            added = {
+                name: _copy(parameter_of(tuned_layers, name)[tokens.start : tokens.stop]).to(torch.float32)
+                for name in added_shapes(tuned_layers, tokens)
+            }
+            after |= {name: after[name][:rows] for name, rows in tokens.base_rows.items() if name in after}
         _check_only_biases_differ(before, after, names, head_names)
 
         own = {bias.name for bias in find_biases(base)}
@@ -230,14 +258,14 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             base_fingerprint=prints,
             base_num_parameters=num_base_parameters(base, head_modules(base)) or None,
             bias_layout=encode_layout(biases),
+            added_tokens=None if tokens is None else tokens.count,
+            base_vocab_size=None if tokens is None else tokens.start,
         )
-        modules = dict(walk(tuned))
         head = {
-            f"{path}.{name}": _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
-            for path in head_names
-            for name, tensor in modules[path].state_dict().items()
+            name: _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
+            for name, tensor in part_tensors(tuned, head_names).items()
         }
-        result = cls(deltas, config=config, head=head, where="the tuned model")
+        result = cls(deltas, config=config, head=head, added=added, where="the tuned model")
         result.extraction_error = max(errors)
         return result
 
@@ -258,26 +286,35 @@ class BiasDelta(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         labels = f", {self.config.num_labels} labels" if self.head and self.config.num_labels else ""
+        tokens = f", {self.config.added_tokens} added tokens" if self.added else ""
         return (
             f"BiasDelta({self.num_parameters():,} biases in {len(self)} tensors, head of "
-            f"{self.num_parameters(head=True) - self.num_parameters():,}{labels}, "
+            f"{sum(tensor.numel() for tensor in self.head.values()):,}{labels}{tokens}, "
             f"base {self.config.base_model_name_or_path!r})"
         )
 
     def num_parameters(self, head: bool = False) -> int:
-        """How many scalars the delta has; with `head=True` those of the head are counted too."""
+        """How many scalars the delta has; with `head=True` those of the head and of added tokens are counted too."""
         count = sum(tensor.numel() for tensor in self._tensors.values())
-        return count + (sum(tensor.numel() for tensor in self.head.values()) if head else 0)
+        return count + (sum(tensor.numel() for tensor in (*self.head.values(), *self.added.values())) if head else 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Delta and head by their key in `adapter_model.safetensors`."""
+        """Delta, head and rows of added tokens by their key in `adapter_model.safetensors`."""
         keys = {name: f"{name.rpartition('.')[0]}.{PREFIX}{name.rpartition('.')[2]}" for name in self._tensors}
         deltas = {KEY_PREFIX + keys[name]: tensor for name, tensor in self._tensors.items()}
-        return deltas | {KEY_PREFIX + name: tensor for name, tensor in self.head.items()}
+        return deltas | {KEY_PREFIX + name: tensor for name, tensor in (self.head | self.added).items()}
+
+    def place_tokens(self, model: nn.Module) -> AddedTokens | None:
+        """Where the added tokens belong in a model on the delta's base; `None` where there are none.
+
+        Raises:
+            [`AddedTokensError`]: They do not fit it.
+        """
+        return placed_tokens(model, self.config)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over delta and head."""
+        """SHA-256 over delta, head and rows of added tokens."""
         return digest(self.tensors())
 
     # --- files ---
@@ -331,8 +368,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             `nn.Module`: The same model.
 
         Raises:
-            [`BaseModelMismatchError`], [`DeltaMismatchError`], [`MergeError`]: It does not fit. The model is as it
-            was.
+            [`BaseModelMismatchError`], [`DeltaMismatchError`], [`MergeError`], [`AddedTokensError`]: It does not fit.
+            The model is as it was.
         """
         if is_bitfit(model):
             raise DeltaMismatchError(
@@ -342,13 +379,15 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         ledger, delta = ledger_of(model), self._to_apply()
         layers = ledger.layers()
         gone = ledger.is_gone(layers)
+        tokens = ledger.place_tokens(delta, gone=gone)
         check_base(
             model,
             self.config.base_fingerprint,
             delta_base=self.config.base_model_name_or_path,
             on_mismatch=on_base_mismatch,
+            base_rows=None if tokens is None else tokens.base_rows,
         )
-        delta = ledger.fit(delta, layers)
+        delta = ledger.fit(delta, tokens, layers)
         if gone:
             ledger.start_anew(layers)
         ledger.add(delta, layers)
@@ -387,9 +426,9 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         config, leaves = self.config, self.config.modules_to_save or []
         head: dict[str, dict[str, torch.Tensor]] = {path: {} for path in leaves}
         for name, tensor in self.head.items():
-            path = leaf_of(name, leaves)
+            path = part_of(name, leaves)
             assert path is not None  # checked when the delta was made
-            head[path][name.removeprefix(f"{path}.")] = tensor.clone()
+            head[path][name[len(path) + 1 :]] = tensor.clone()
         labels = None
         if head and config.num_labels is not None:
             labels = Labels(config.num_labels, dict(config.id2label or {}), config.problem_type)
@@ -400,6 +439,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             deltas={name: tensor.clone() for name, tensor in self.items()},
             head=head,
             labels=labels,
+            added=AppliedRows.of(config, self.added),
         )
 
     # --- arithmetic ---
@@ -437,6 +477,11 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             torch.equal(tensor, other.head[name]) for name, tensor in self.head.items()
         )
         keeper = self if same or not other.head else other if not self.head else None
+        if self.added and other.added and digest(self.added) != digest(other.added):
+            raise DeltaMismatchError(
+                f"These deltas have added tokens of their own ({self.config.added_tokens} and "
+                f"{other.config.added_tokens}), and a token has one embedding: they cannot be added."
+            )
         return self._like(tensors, keeper, also=other)
 
     def _like(
@@ -449,6 +494,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             setattr(config, name, copy.deepcopy(getattr(head_of.config, name)) if head_of and head_of.head else None)
         config.task_type = (head_of or self).config.task_type
         config.settle_task()
+        tokens = self if self.added or also is None else also
+        config.added_tokens, config.base_vocab_size = tokens.config.added_tokens, tokens.config.base_vocab_size
         if also is not None:
             config.bias_layout = {**(also.config.bias_layout or {}), **(config.bias_layout or {})}
             mine, theirs = config.base_fingerprint, also.config.base_fingerprint
@@ -461,8 +508,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 if getattr(self.config, name) != getattr(also.config, name):
                     setattr(config, name, None)
         head = head_of.head if head_of else {}
-        copies = [{name: tensor.clone() for name, tensor in group.items()} for group in (tensors, head)]
-        return BiasDelta(copies[0], config=config, head=copies[1])
+        copies = [{name: tensor.clone() for name, tensor in group.items()} for group in (tensors, head, tokens.added)]
+        return BiasDelta(copies[0], config=config, head=copies[1], added=copies[2])
 
     def check_same_base(self, other: BiasDelta) -> None:
         """Raises [`BaseModelMismatchError`] where another delta was trained on another base, by their fingerprints."""
@@ -540,7 +587,7 @@ def _check_tensors(
         wanted = group[0].shape if size == math.prod(group[0].shape) else (size,)
         if name in tensors and tuple(tensors[name].shape) != wanted:
             problems.append(f"{name} has shape {list(tensors[name].shape)} instead of {list(wanted)}")
-    owners = {name: leaf_of(name, leaves) for name in head}
+    owners = {name: part_of(name, leaves) for name in head}
     problems += [f"{name} is not expected" for name, owner in owners.items() if owner is None]
     problems += [f"the head's {leaf} is missing" for leaf in leaves if leaf not in owners.values()]
     if problems:
@@ -551,12 +598,28 @@ def _check_tensors(
     check_values({**tensors, **head}, where=where)
 
 
+def _check_added(added: Mapping[str, torch.Tensor], count: int, where: str) -> None:
+    problems = [
+        f"{name} has {len(tensor)} rows"
+        for name, tensor in added.items()
+        if tensor.dim() not in (1, 2) or len(tensor) != count
+    ]
+    if bool(count) != any(tensor.dim() == 2 for tensor in added.values()):
+        problems.append(f"there are {len(added)} tensors of added tokens")
+    if problems:
+        raise DeltaFormatError(
+            f"{where}: adapter_config.json counts {count} added tokens:{collect(problems)}\n"
+            "Save or fetch the delta again."
+        )
+    check_values(dict(added), where=where)
+
+
 def _check_only_biases_differ(
     before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], biases: set[str], head: list[str]
 ) -> None:
     problems = []
     for name, tensor in after.items():
-        if name in biases or leaf_of(name, head) is not None:
+        if name in biases or part_of(name, head) is not None:
             continue
         if name not in before:
             problems.append(f"{name} is not in the base")
@@ -570,7 +633,7 @@ def _check_only_biases_differ(
         for name in sorted(biases)
         if name in before and before[name].shape != after[name].shape
     ]
-    problems += [f"{n} is not in the tuned model" for n in before if n not in after and leaf_of(n, head) is None]
+    problems += [f"{n} is not in the tuned model" for n in before if n not in after and part_of(n, head) is None]
     if problems:
         raise DeltaMismatchError(
             f"These checkpoints differ in more than biases and head, so no bias delta leads from one to the other:"
@@ -581,6 +644,14 @@ def _check_only_biases_differ(
 def leaf_of(name: str, leaves: list[str]) -> str | None:
     """The one of the head's `leaves` that the tensor `name` belongs to."""
     return next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None)
+
+
+def _tokens_between(base: nn.Module, tuned: nn.Module) -> AddedTokens | None:
+    """The tokens that a tuned checkpoint has beyond its base."""
+    sizes = vocabulary_size(base), vocabulary_size(tuned)
+    if sizes[0] is None or sizes[1] is None or sizes[0] >= sizes[1]:
+        return None
+    return fit_added_tokens(tuned, sizes[0], sizes[1] - sizes[0])
 
 
 def _group(biases: list[Bias]) -> dict[str, list[Bias]]:

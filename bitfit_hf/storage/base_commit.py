@@ -28,15 +28,21 @@ def base_commit(name: str | None, fingerprint: Mapping[str, Any] | None) -> str 
     Returns:
         `str`: The commit, or `None` for a local folder and where none of the commits in the cache has these weights.
     """
-    if not name or not fingerprint or os.path.exists(name):
+    if not fingerprint:
         return None
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     expected = decode(dict(fingerprint))
-    return next((path.name for path in _snapshots(folder) if _has_weights(path, expected)), None)
+    return next((path.name for path in cached_commits(name) if _has_weights(path, expected)), None)
 
 
-def _snapshots(folder: Path) -> list[Path]:
-    """The commits in the cache, that of the default branch first and then the latest."""
+def cached_commits(name: str | None) -> list[Path]:
+    """The folders of a repository's commits in the cache, that of the default branch first and then the latest.
+
+    Args:
+        name (`str`, *optional*): What a base was loaded from; a local folder has no commits.
+    """
+    if not name or os.path.exists(name):
+        return []
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     main = folder / "refs" / "main"
     current = main.read_text().strip() if main.is_file() else ""
     found = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]

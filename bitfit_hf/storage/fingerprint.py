@@ -151,12 +151,17 @@ def _digest(flat: torch.Tensor, precision: torch.dtype) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()[:12]
 
 
-def fingerprint(model: nn.Module, biases: Iterable[Bias]) -> dict[str, Any] | None:
+def fingerprint(
+    model: nn.Module, biases: Iterable[Bias], *, base_rows: Mapping[str, int] | None = None
+) -> dict[str, Any] | None:
     """Fingerprint of the base that `biases` are tuned on.
 
     Args:
         model (`nn.Module`): The base model, stock or with adapters injected; its stored values are read.
         biases (`Iterable[Bias]`): What is tuned.
+        base_rows (`Mapping[str, int]`, *optional*):
+            Of tensors that were given more rows than the checkpoint has, by stock name: how many of them, from the
+            first, are the checkpoint's.
 
     Returns:
         `dict`, ready for JSON, or `None` where the values are not at hand (meta device, sharded parameters).
@@ -170,6 +175,7 @@ def fingerprint(model: nn.Module, biases: Iterable[Bias]) -> dict[str, Any] | No
                 return None
             key = f"{bias.module}.{name}" if bias.module else name
             if tensor is not None and key not in prints:
+                tensor = tensor[: (base_rows or {}).get(key)]
                 prints[key] = TensorPrint.of(tensor, whole=whole, dtype=dtype).encode()
     return {"format": FORMAT, "tensors": prints}
 
@@ -247,7 +253,7 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], bo
     return [name for name in shared if mine[name].difference(theirs[name]) is not None], bool(shared)
 
 
-def differences(model: nn.Module, expected: dict[str, Any]) -> list[str]:
+def differences(model: nn.Module, expected: dict[str, Any], base_rows: Mapping[str, int] | None = None) -> list[str]:
     """How the stored values of `model` differ from the fingerprint `expected`, one line for each tensor."""
     modules = dict(walk(stock_root(model)))
     problems = []
@@ -262,6 +268,7 @@ def differences(model: nn.Module, expected: dict[str, Any]) -> list[str]:
         tensor, dtype = found.get(parameter, (_stored(module, parameter), None))
         if tensor is None or tensor.is_meta or tensor.numel() == 0:
             continue  # sharded or not loaded yet: nothing to compare with
+        tensor = tensor[: (base_rows or {}).get(name)]
         problem = wanted.difference(TensorPrint.of(tensor, whole=bool(wanted.digests), dtype=dtype))
         if problem is not None:
             problems.append(f"{name} {problem}")
@@ -269,7 +276,12 @@ def differences(model: nn.Module, expected: dict[str, Any]) -> list[str]:
 
 
 def check_base(
-    model: nn.Module, expected: dict[str, Any] | None, *, delta_base: str | None, on_mismatch: OnMismatch | None = None
+    model: nn.Module,
+    expected: dict[str, Any] | None,
+    *,
+    delta_base: str | None,
+    on_mismatch: OnMismatch | None = None,
+    base_rows: Mapping[str, int] | None = None,
 ) -> None:
     """Compares `model` with the fingerprint of the base that a delta was trained on.
 
@@ -278,6 +290,7 @@ def check_base(
         expected (`dict`, *optional*): The delta's `base_fingerprint`; without one there is a warning instead.
         delta_base (`str`, *optional*): Name of the delta's base, for the message.
         on_mismatch (`str`, *optional*): What to do; by default what [`base_mismatch`] says.
+        base_rows (`Mapping[str, int]`, *optional*): As for [`fingerprint`]; the other rows are not compared.
 
     Raises:
         [`BaseModelMismatchError`]: The model is another checkpoint; it has not been changed.
@@ -297,7 +310,7 @@ def check_base(
             stacklevel=3,
         )
         return
-    problems = differences(model, expected)
+    problems = differences(model, expected, base_rows)
     if not problems:
         return
     message = (

@@ -3,6 +3,9 @@
 `b_0 + δ − δ` is not `b_0` in floating point. So whoever writes over a stored bias does it with [`write_over`], which
 keeps `b_0` beside the layer until [`put_back`]. What was written is kept too: the user may load another state dict in
 between, and then the biases that are there are the base's own.
+
+A stored bias may have more entries than `b_0`: an output layer with room for added tokens has theirs behind those of
+the base. What is written, kept and compared here are the first ones.
 """
 
 from __future__ import annotations
@@ -78,27 +81,25 @@ def tells(layer: nn.Module, parameter: str) -> bool:
     return not _same(base.to(written.device, stored.dtype), written)
 
 
-@torch.no_grad()  # and not through `.data`: torch counts the writes, and a bank reads its count
 def write_over(layer: nn.Module, parameter: str, value: torch.Tensor) -> None:
     """Writes `value` over a stored bias, of which `b_0` is kept; gives the layer one where it has none.
 
     Args:
         layer (`nn.Module`): A stock layer.
         parameter (`str`): Name of the bias in it.
-        value (`torch.Tensor`): `b_0 + δ`.
+        value (`torch.Tensor`): `b_0 + δ`; of a bias with more entries than `b_0`, for the first ones.
     """
     stored = layer._parameters.get(parameter)
     base = base_bias(layer, parameter)
     if base is not None and base is stored:
-        base = stored.detach().clone()
+        base = _first(stored, value).detach().clone()
     if stored is None:
         stored = layer._parameters[parameter] = nn.Parameter(value.detach().clone(), requires_grad=False)
     else:
-        stored.copy_(value)
+        _write(stored, value)
     layer.__dict__.setdefault(_KEPT, {})[parameter] = (base, value.detach().to(stored.dtype, copy=True))
 
 
-@torch.no_grad()
 def put_back(layer: nn.Module, parameter: str) -> None:
     """Puts `b_0` back where [`write_over`] has written, bit for bit."""
     if parameter not in _kept(layer):
@@ -110,7 +111,7 @@ def put_back(layer: nn.Module, parameter: str) -> None:
     elif stored is None:
         layer._parameters[parameter] = nn.Parameter(base, requires_grad=False)
     else:
-        stored.copy_(base)
+        _write(stored, base)
     forget(layer, parameter)
 
 
@@ -161,11 +162,23 @@ def add_deltas(
     return total if total.dtype == dtype else total.to(dtype)
 
 
+@torch.no_grad()
+def _write(stored: torch.Tensor, value: torch.Tensor) -> None:
+    # Not by way of `.data`: torch counts this write, and so whoever shares the weights notices it, a `TaskBank` first.
+    _first(stored, value).copy_(value)
+
+
 def _kept(layer: nn.Module) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
     return vars(layer).get(_KEPT, {})
 
 
+def _first(stored: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The entries of a stored bias that `value` is for."""
+    return stored if stored.dim() != 1 or value.dim() != 1 else stored[: len(value)]
+
+
 def _same(stored: torch.Tensor, value: torch.Tensor, way: torch.dtype | None = None) -> bool:
+    stored = _first(stored, value)
     if stored.shape != value.shape:
         return False
     value = value.to(stored.device)

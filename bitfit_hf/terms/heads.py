@@ -1,10 +1,16 @@
-"""Which modules of a model are the new task head: what the task added and the checkpoint did not have."""
+"""What of a model is the new task head: what the task added and the checkpoint did not have.
+
+A head is trained and stored in parts. Most are modules that are called as one piece, its *leaves*. A parameter that
+lies in no leaf is a part of its own: Wav2Vec2's `layer_weights`, Tapas' `output_weights`, the `transitions` of a CRF.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from peft import TaskType
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,7 +35,7 @@ _PRE_TRAINED_HEAD = re.compile(
 _BACKBONE = re.compile(r"(Model|Encoder|Decoder|Backbone|Stack|Transformer)$")
 
 # Classes that the two rules above do not fit, most of them because they are their own backbone (`base_model` is the
-# model itself): the roots of their head.
+# model itself): where their head starts.
 _NAMED_HEADS: dict[str, tuple[str, ...]] = {
     "BlipForQuestionAnswering": (),  # it generates the answer with its pre-trained decoder
     "CLIPForImageClassification": ("classifier",),
@@ -44,13 +50,16 @@ _NAMED_HEADS: dict[str, tuple[str, ...]] = {
     "SiglipForImageClassification": ("classifier",),
     "T5ForQuestionAnswering": ("qa_outputs",),
     "UMT5ForQuestionAnswering": ("qa_outputs",),
-    "WhisperForAudioClassification": ("projector", "classifier"),
+    "WhisperForAudioClassification": ("layer_weights", "projector", "classifier"),
 }
 
-# PEFT adds these to `modules_to_save` by itself, whether the model has them or not.
-_AUTOMATIC = frozenset({"classifier", "score", "qa_outputs"})
-
-_TASKS_WITH_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
+# What PEFT adds to `modules_to_save` by itself, by task type, whether the model has them or not.
+PEFT_NAMES = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_AUTOMATIC = frozenset(name for names in PEFT_NAMES.values() for name in names)
 
 
 def head_modules(
@@ -59,7 +68,7 @@ def head_modules(
     """Finds the new task head, the part that is trained and stored whole.
 
     For sequence, token, image, video and audio classification, question answering and multiple choice the head is
-    every module outside the backbone. Language models, and backbones themselves, have none.
+    everything outside the backbone. Language models, and backbones themselves, have none.
 
     Args:
         model (`torch.nn.Module`): A model, stock or with adapters injected, or a `PeftModel`.
@@ -67,15 +76,16 @@ def head_modules(
             Overrules the model's class where it says that there is no new head (`"CAUSAL_LM"`, `"SEQ_2_SEQ_LM"`,
             `"FEATURE_EXTRACTION"`).
         modules_to_save (`Sequence[str]`, *optional*):
-            More modules to train whole, as path or dotted end of one. Given, even if empty, it also says what the
-            head is for a class that has no rule.
+            More to train whole: modules, or parameters that lie in no leaf, as path or dotted end of one. Given, even
+            if empty, it also says what the head is for a class that has no rule.
 
     Returns:
-        `list[str]`: Stock paths of the modules that hold the head's parameters, in definition order.
+        `list[str]`: The stock names of the head's parts in definition order: paths of the modules that hold its
+            parameters, and the parameters that lie in none of these. [`part_tensors`] gives their tensors.
 
     Raises:
         UnknownHeadError: If the class has no rule and `modules_to_save` is not given.
-        NoMatchError: If an entry of `modules_to_save` matches no module with parameters.
+        NoMatchError: If an entry of `modules_to_save` matches nothing that has parameters.
         ConfigError: If an argument has the wrong type.
 
     Example:
@@ -87,16 +97,18 @@ def head_modules(
     task = _check_task_type(task_type)
     entries = _check_modules_to_save(modules_to_save)
     root = stock_root(model)
-    modules = {path: module for path, module in walk(root) if path}
+    modules = dict(walk(root))
+    free = [part for part in _parts(modules) if part not in modules]
 
     added: set[str] = set()
     unmatched = []
     for entry in entries or ():
-        below = [path for path in modules if path == entry or path.endswith("." + entry)]
-        leaves = [leaf for path in below for leaf in _leaves(modules, path)]
-        if not leaves and entry not in _AUTOMATIC:
+        below = [path for path in modules if path and _ends_in(path, entry)]
+        parts = [part for path in below for part in _parts_below(modules, path)]
+        parts += [name for name in free if _ends_in(name, entry)]
+        if not parts and entry not in _AUTOMATIC:
             unmatched.append(f"{entry!r}" + (" holds no parameters" if below else " is the name of no module"))
-        added.update(leaves)
+        added.update(parts)
     if unmatched:
         raise NoMatchError(
             f"modules_to_save does not fit {type(root).__name__}:{collect(unmatched)}\n"
@@ -104,34 +116,100 @@ def head_modules(
         )
     # PEFT's automatic names alone say nothing about a class that has no rule and none of these modules.
     settled = entries is not None and (bool(added) or not set(entries) or not set(entries) <= _AUTOMATIC)
-    chosen = added | set(_class_head(root, modules, task, settled=settled))
-    return [path for path in modules if path in chosen]
+    own = _class_head(root, modules, task)
+    if own is None and not settled:
+        children = [path for path, module in modules.items() if path and "." not in path and _has_parameters(module)]
+        raise UnknownHeadError(
+            f"It is not known which modules of {type(root).__name__} are the new task head. Name them with "
+            "modules_to_save=[...], or pass modules_to_save=[] if everything in it is pre-trained. "
+            f"Its parts with parameters are: {', '.join([*_own_parameters('', root), *children])}."
+        )
+    chosen = added.union(own or ())
+    everything = [name for path, module in modules.items() for name in (path, *_own_parameters(path, module))]
+    return [name for name in everything if name in chosen]
 
 
-def _class_head(root: nn.Module, modules: dict[str, nn.Module], task: str | None, *, settled: bool) -> list[str]:
-    if task is not None and task not in _TASKS_WITH_HEAD:
+def class_head(model: nn.Module, task_type: str | None = None) -> list[str]:
+    """The head by the model's class alone; empty where that has none, or no rule says which it is.
+
+    Args:
+        model (`torch.nn.Module`), task_type (`str`, *optional*): See [`head_modules`].
+    """
+    root = stock_root(model)
+    return _class_head(root, dict(walk(root)), _check_task_type(task_type)) or []
+
+
+def part_tensors(model: nn.Module, parts: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors of parts of a head, parameters and buffers, live and by their stock name.
+
+    Args:
+        model (`torch.nn.Module`): A stock model.
+        parts (`Iterable[str]`): From [`head_modules`].
+    """
+    modules = dict(walk(stock_root(model)))
+    found: dict[str, torch.Tensor] = {}
+    for part in parts:
+        if part in modules:
+            state = modules[part].state_dict(keep_vars=True)
+            found |= {f"{part}.{name}": tensor for name, tensor in state.items()}
+        else:
+            path, _, name = part.rpartition(".")
+            found[part] = modules[path]._parameters[name]  # type: ignore[assignment]
+    return found
+
+
+def part_of(name: str, parts: Iterable[str]) -> str | None:
+    """The one of a head's `parts` that the tensor `name` belongs to."""
+    return next((part for part in parts if name == part or name.startswith(f"{part}.")), None)
+
+
+class SavedNames(list[str]):
+    """The `modules_to_save` of a configuration, proof against what PEFT appends to it by itself.
+
+    For three task types PEFT appends names of its own, after the head has been found and without looking whether the
+    model has them. It then wraps whatever ends in such a name, and the saved configuration names modules that do not
+    exist.
+    """
+
+    def extend(self, names: Iterable[str]) -> None:
+        """Appends `names`, but for PEFT's own."""
+        super().extend(name for name in names if name not in _AUTOMATIC)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[SavedNames], tuple[list[str]]]:
+        return SavedNames, (list(self),)  # else copying and unpickling would come by `extend`
+
+    def without_peft_names(self, tensors: Iterable[str]) -> SavedNames:
+        """Without what PEFT has appended, as files of earlier versions have it.
+
+        Args:
+            tensors (`Iterable[str]`): The names of the head's tensors, which tell a part of the head from a mere name.
+        """
+        for appended in set(PEFT_NAMES.values()):
+            known = self[: -len(appended)]
+            if known and tuple(self[len(known) :]) == appended:
+                others = [name for name in tensors if part_of(name, known) is None]
+                held = [part for part in appended if part not in known and any(part_of(n, [part]) for n in others)]
+                return SavedNames([*known, *held])
+        return SavedNames(self)
+
+
+def _class_head(root: nn.Module, modules: dict[str, nn.Module], task: str | None) -> list[str] | None:
+    """The head by the model's class; `None` where no rule says which it is."""
+    if task is not None and task not in PEFT_NAMES:
         return []
     if not isinstance(root, PreTrainedModel):
-        return []
+        names = PEFT_NAMES.get(task or "", ())
+        tops = [path for path in modules if path and any(_ends_in(path, name) for name in names)]
+        return [part for top in tops for part in _parts_below(modules, top)]
     backbone = stock_module(root.base_model)
     for name in _class_names(root):
         if name in _NAMED_HEADS:
-            return [leaf for top in _NAMED_HEADS[name] for leaf in _leaves(modules, top)]
+            return [part for top in _NAMED_HEADS[name] for part in _parts_below(modules, top)]
         if _NEW_HEAD.search(name):
-            leaves = [] if backbone is root else _leaves_outside(modules, backbone)
-            if leaves or (backbone is not root and not _holds_parameters(root)):
-                return leaves
-            break
+            return None if backbone is root else _parts_outside(modules, backbone)
         if _PRE_TRAINED_HEAD.search(name) or (_BACKBONE.search(name) and backbone is root):
             return []
-    if settled:
-        return []
-    children = [path for path, module in modules.items() if "." not in path and _has_parameters(module)]
-    raise UnknownHeadError(
-        f"It is not known which modules of {type(root).__name__} are the new task head. Name them with "
-        "modules_to_save=[...], or pass modules_to_save=[] if everything in it is pre-trained. "
-        f"Its parts with parameters are: {', '.join(children)}."
-    )
+    return None
 
 
 def _class_names(model: PreTrainedModel) -> Iterator[str]:
@@ -147,8 +225,10 @@ def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _holds_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
+def _own_parameters(path: str, module: nn.Module) -> list[str]:
+    """The names of the parameters that a module holds itself."""
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return [f"{path}.{name}" if path else name for name in own]
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -157,26 +237,47 @@ def _is_leaf(module: nn.Module) -> bool:
         return True
     if type(module).__name__ == "TDNNLayer":  # of the x-vector heads
         return True
-    return _holds_parameters(module) and not any(map(_has_parameters, module.children()))
+    return bool(_own_parameters("", module)) and not any(map(_has_parameters, module.children()))
 
 
-def _leaves(modules: Mapping[str, nn.Module], top: str) -> list[str]:
-    """Paths of the leaf modules that hold parameters, at or below `top`."""
-    return _leaves_of({path: module for path, module in modules.items() if f"{path}.".startswith(f"{top}.")})
+def _ends_in(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
 
 
-def _leaves_outside(modules: Mapping[str, nn.Module], backbone: nn.Module) -> list[str]:
-    """Paths of the leaf modules that hold parameters and do not lie in `backbone`."""
+def _parts_below(modules: Mapping[str, nn.Module], top: str) -> list[str]:
+    """The parts at or below `top`, which is a module or a parameter; none if it does not exist."""
+    path, _, name = top.rpartition(".")
+    if top not in modules and path in modules:
+        return [top] if modules[path]._parameters.get(name) is not None else []
+    return _parts({path: module for path, module in modules.items() if f"{path}.".startswith(f"{top}.")})
+
+
+def _parts_outside(modules: Mapping[str, nn.Module], backbone: nn.Module) -> list[str]:
+    """The parts that do not lie in `backbone`, nor are parameters of it under another name."""
     starts = tuple(f"{path}." for path, module in modules.items() if module is backbone)
-    return _leaves_of({path: module for path, module in modules.items() if not f"{path}.".startswith(starts)})
+    parts = _parts({path: module for path, module in modules.items() if not f"{path}.".startswith(starts)})
+    theirs = set(map(id, backbone.parameters()))
+
+    def is_new(part: str) -> bool:
+        path, _, name = part.rpartition(".")
+        return part in modules or id(modules[path]._parameters[name]) not in theirs
+
+    return list(filter(is_new, parts))
 
 
-def _leaves_of(modules: Mapping[str, nn.Module]) -> list[str]:
-    leaves: list[str] = []
-    for path, module in modules.items():  # a module's parts follow right after it
-        if not (leaves and path.startswith(f"{leaves[-1]}.")) and _is_leaf(module):
-            leaves.append(path)
-    return leaves
+def _parts(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Leaf modules that hold parameters, and the parameters that lie in none of them; the model itself is no leaf."""
+    parts: list[str] = []
+    leaf = None
+    for path, module in modules.items():  # what a module contains follows right after it
+        if leaf is not None and path.startswith(f"{leaf}."):
+            continue
+        if path and _is_leaf(module):
+            parts.append(path)
+            leaf = path
+        else:
+            parts += _own_parameters(path, module)
+    return parts
 
 
 def _check_task_type(task_type: str | None) -> str | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import ConfigError, NoBiasesError, NoMatchError, UnknownHeadError, collect
-from .heads import head_modules
+from .heads import head_modules, part_of
 from .structure import LINEAR, NORM, kind_of, saved_modules
 from .survey import Bias, Found, Survey, survey_model
 from .vocabulary import TERMS, named_terms, resolve_terms
@@ -70,7 +70,7 @@ def unknown_vectors(model: nn.Module) -> list[str]:
     """
     survey = survey_model(model)
     head = _known_head(survey)
-    return [name for name in survey.unknown if not _lies_below(name, head)]
+    return [name for name in survey.unknown if part_of(name, head) is None]
 
 
 def select_biases(
@@ -174,11 +174,7 @@ def _known_head(survey: Survey) -> list[str]:
 
 
 def _outside_head(survey: Survey, head: Collection[str]) -> list[Found]:
-    return [found for found in survey.found if not _lies_below(found.bias.name, head)]
-
-
-def _lies_below(name: str, paths: Collection[str]) -> bool:
-    return any(name.startswith(path + ".") for path in paths)
+    return [found for found in survey.found if part_of(found.bias.name, head) is None]
 
 
 # --- checking and applying the arguments -----------------------------------------------------------------------------

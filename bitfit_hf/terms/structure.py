@@ -15,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 # Attributes under which a wrapper keeps the module it stands in for: torch.compile, FSDP, activation checkpointing.
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+# A module under this name and that of a parameter beside it holds the adapters' copies of that parameter.
+HOLDER = "bitfit_head_"
+
 LINEAR, CONVOLUTION, NORM, MULTIHEAD = "linear", "convolution", "norm", "multihead"
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -76,14 +79,20 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def saved_modules(model: nn.Module) -> list[str]:
-    """Stock paths of the modules that an adapter trains whole (PEFT's `modules_to_save`)."""
-    return [path for path, module in _walk(model, "") if _stands_for_saved(module)]
+    """Stock names of the modules and parameters that an adapter trains whole (PEFT's `modules_to_save`)."""
+    found = []
+    for path, module in _walk(model, ""):
+        if _stands_for_saved(module):
+            found.append(path)
+        names = [name.removeprefix(HOLDER) for name in stock_module(module)._modules if name.startswith(HOLDER)]
+        found += [f"{path}.{name}" if path else name for name in names]
+    return found
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     for name, child in stock_module(module)._modules.items():
-        if child is not None:
+        if child is not None and not name.startswith(HOLDER):
             yield from _walk(child, f"{path}.{name}" if path else name)
 
 

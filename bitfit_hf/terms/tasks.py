@@ -182,20 +182,26 @@ def task_named(peft_name: object, class_name: str = "", modules: Iterable[str] =
 def peft_task_type(model: PreTrainedModel) -> str | None:
     """PEFT's name of the task that a model's class is for; `None` where PEFT has none that fits."""
     name = type(model).__name__
+    accepted = set(inspect.signature(type(model).forward).parameters)
+    # PEFT's wrappers for the task types hand these on to any model, also to one that knows nothing of them (Wav2Vec2,
+    # CLIP, Tapas). Its plain wrapper hands on what it gets.
+    if not {"input_ids", "inputs_embeds"} <= accepted:
+        return None
     task = task_of_class(name)
+    if task is QUESTION_ANSWERING and "start_positions" not in accepted:
+        return None
     if task is not None and task.peft in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM"):
         return task.peft
-    # PEFT's wrappers for the tasks below hand these on to any model, also to one that knows nothing of them (Whisper,
-    # CLIP). Its plain wrapper hands on what it gets.
-    if not {"input_ids", "inputs_embeds"} <= set(inspect.signature(type(model).forward).parameters):
-        return None
     if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
         return SEQ2SEQ_LM.peft
     return FEATURE_EXTRACTION.peft if name.endswith("Model") else None
 
 
 def library_class(cls: type) -> type:
-    """The class of transformers that `cls` is or derives from; `cls` itself where it is none of transformers'."""
+    """The class of transformers that `cls` is or derives from; `cls` itself where it is none of transformers'.
+
+    What transformers only gives classes to derive from, such as `BertPreTrainedModel`, has no forward and is no model.
+    """
     own = (base for base in cls.__mro__ if base.__module__.partition(".")[0] == "transformers")
-    found = next(own, None)
-    return cls if found is None or found is PreTrainedModel else found
+    found: type[PreTrainedModel] | None = next(own, None)
+    return cls if found is None or found.forward is PreTrainedModel.forward else found

@@ -19,6 +19,7 @@ from ..errors import TrainerSetupError
 from ..recompute import recompute_activations
 from ..terms import SYMBOLS, TERMS
 from ..terms.structure import stock_root
+from ..terms.token_tensors import check_rows
 from ..training_run import TrainingRun, evaluation_metrics, training_run
 from ..tuner.state import is_bitfit, tuned_layers
 from .access import around, trainer_being_made
@@ -282,6 +283,7 @@ class BitFitCallback(TrainerCallback):
                 "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards: "
                 "make a new Trainer for another model, or give the Trainer a `model_init`."
             )
+        check_rows(model)
         if not (model in self._prepared or sharded):
             raise TrainerSetupError(
                 "The callback did not set up the model that the Trainer trains: the callback was added, or the model "

@@ -30,6 +30,7 @@ from ..errors import (
 )
 from ..storage.files import CONFIG_FILE, encode_tensors, read_config, write_bytes
 from ..storage.fingerprint import check_base
+from ..tuner.added_tokens import base_rows_of
 from ..tuner.layer import PREFIX
 from ..tuner.state import delta_parameters, head_tensors, tuned_layers
 from .checks import adapter_configs
@@ -134,7 +135,12 @@ def check_resumable(model: nn.Module, adapter_name: str, checkpoint: str | os.Pa
             f"{path} is of the method {values.get('peft_type')!r}, not 'BITFIT'. Resume with the method that saved it."
         )
     saved = BitFitConfig.from_peft_type(**BitFitConfig.check_kwargs(**values))
-    check_base(model, saved.base_fingerprint, delta_base=saved.base_model_name_or_path)
+    check_base(
+        model,
+        saved.base_fingerprint,
+        delta_base=saved.base_model_name_or_path,
+        base_rows=base_rows_of(model, saved),
+    )
     own = adapter_configs(model)[adapter_name].num_labels
     if None not in (saved.num_labels, own) and saved.num_labels != own:
         raise DeltaMismatchError(

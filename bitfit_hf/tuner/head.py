@@ -53,19 +53,33 @@ class BitFitHead(ModulesToSaveWrapper):
     """
     PEFT's wrapper for a module that is trained whole, with what bias tuning needs beside it.
 
-    The copies are float32 whatever the base's dtype, stay so when the model is cast, and cast their input. An adapter
-    may have another number of labels than the model's own head. The leaf that makes the logits carries the label names
-    of every adapter and hands them to the model's config as adapters are switched, through whichever of PEFT's or
-    transformers' entry points.
+    The copies are float32 whatever the base's dtype, stay so when the model is cast, and cast their input. A head's
+    answer is float32 too; a module in the middle of a half-precision model hands on the dtype that came in.
+
+    An adapter may have another number of labels than the model's own head. The leaf that makes the logits carries the
+    label names of every adapter and hands them to the model's config as adapters are switched, through whichever of
+    PEFT's or transformers' entry points.
+
+    Args:
+        module_to_save (`nn.Module`): The module.
+        adapter_name (`str`): The first adapter that has a copy of it.
+        num_labels (`int`, *optional*): Rebuilds the copy with that many outputs.
+        in_the_middle (`bool`, *optional*, defaults to `False`): Layers of the base come after it.
     """
 
-    def __init__(self, module_to_save: nn.Module, adapter_name: str, num_labels: int | None = None) -> None:
+    # PEFT's tools tell the adapters' tensors from the base's by this; `adapter_state_dict_load_map` names none.
+    other_param_names = ("modules_to_save",)
+
+    def __init__(
+        self, module_to_save: nn.Module, adapter_name: str, *, in_the_middle: bool = False, **kwargs: Any
+    ) -> None:
+        self._in_the_middle = in_the_middle
         self._labels: dict[str | None, Labels] = {}  # by adapter; those of the stock model under `None`
         self._shown: str | None = None  # the adapter whose labels the model's config holds at present
         self._label_owner: tuple[PreTrainedModel] | None = None
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
-        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, num_labels=num_labels)
+        super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, **kwargs)
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         self.modules_to_save = Float32ModuleDict()
@@ -75,8 +89,15 @@ class BitFitHead(ModulesToSaveWrapper):
     ) -> None:
         """Adds `adapter_name`'s copy of the module; `num_labels` rebuilds it with that many outputs."""
         if adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = float32_copy(self.original_module, num_labels)
+            self.modules_to_save[adapter_name] = self._new_copy(num_labels)
         super().update(adapter_name, **kwargs)
+
+    def _new_copy(self, num_labels: int | None) -> nn.Module:
+        return float32_copy(self.original_module, num_labels)
+
+    def live_path(self, path: str) -> str:
+        """Where this wrapper is, without what other wrappers insert, given the stock path of what it stands for."""
+        return path
 
     def forget(self, adapter_name: str) -> None:
         """Removes an adapter without a word, as if it never was there."""
@@ -86,6 +107,11 @@ class BitFitHead(ModulesToSaveWrapper):
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
         self._follow()
         self._labels.pop(adapter_name, None)
+
+    @property
+    def device_of_base(self) -> torch.device:
+        """Where the module that this stands for is."""
+        return next((p.device for p in self.original_module.parameters()), torch.device("cpu"))
 
     def serves_any(self) -> bool:
         """Whether there is an adapter left."""
@@ -102,6 +128,12 @@ class BitFitHead(ModulesToSaveWrapper):
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Empty: [`load_tensors`] writes the head. PEFT's own loop ends in a bare `KeyError` for a missing tensor."""
         return {}
+
+    def __getattr__(self, name: str) -> Any:
+        # PEFT's wrapper hands on what it has not itself. A module's own `__deepcopy__` would copy that module alone.
+        if name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
 
     # --- labels ---
 
@@ -144,9 +176,10 @@ class BitFitHead(ModulesToSaveWrapper):
         """PEFT's hook: which of the adapters to activate; raises [`AdapterNameError`] where there are several."""
         several = [] if isinstance(adapter_name, str) else [n for n in adapter_name if n in self.modules_to_save]
         if len(several) > 1:
-            raise AdapterNameError(
-                f"The adapters {several} have a task head each, and a model answers with one head at a time. Activate "
-                "one of them, or use `bitfit_hf.TaskBank` for several tasks in one batch."
+            raise AdapterNameError(  # in PEFT's words at first, which people look for
+                f"Only one adapter can be set at a time for ModulesToSaveWrapper, got {len(several)}: the adapters "
+                f"{several} have a task head each, and a model answers with one head at a time. Activate one of them, "
+                "or use `bitfit_hf.TaskBank` for several tasks in one batch."
             )
         return super().check_set_adapter(adapter_name)
 
@@ -169,7 +202,17 @@ class BitFitHead(ModulesToSaveWrapper):
         if not self.active_adapters:
             return self._forward_wrapped_passthrough(*args, **kwargs)
         module = self.modules_to_save[self.active_adapters[0]]
-        return module(*(_in_dtype_of(module, value) for value in args), **kwargs)
+        inputs = [_in_dtype_of(module, value) for value in args]
+        named = {name: _in_dtype_of(module, value) for name, value in kwargs.items()}
+        return self._handed_on(module(*inputs, **named), (*args, *kwargs.values()))
+
+    def _handed_on(self, result: Any, inputs: tuple[Any, ...]) -> Any:
+        """What the module has computed, in the dtype that came in where layers of a half-precision base follow."""
+        own = _dtype_of(self.original_module)
+        if not self._in_the_middle or own is None or own.itemsize >= torch.float32.itemsize:
+            return result
+        came_in = (v.dtype for v in inputs if isinstance(v, torch.Tensor) and v.is_floating_point())
+        return _cast(result, next(came_in, own))  # an embedding's input has no such dtype
 
     def _check_forward_args(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the batch was checked as a whole, and choices are folded into it by the time they get here."""
@@ -182,11 +225,19 @@ class BitFitHead(ModulesToSaveWrapper):
         outputs: list[torch.Tensor | None] = [None] * len(rows)
         for name in dict.fromkeys(rows):
             where = [i for i, other in enumerate(rows) if other == name]
+            part: Any
             if name == BASE or name not in self.modules_to_save:
-                part = self.original_module(input[where], *args, **kwargs).to(torch.float32)
+                part = _cast(self.original_module(input[where], *args, **kwargs), torch.float32)
             else:
                 module = self.modules_to_save[name]
                 part = module(_in_dtype_of(module, input[where]), *args, **kwargs)
+            if not isinstance(part, torch.Tensor):
+                raise UnsupportedLayerError(
+                    f"A {type(self.original_module).__name__} in `modules_to_save` answers with more than one tensor, "
+                    "so `adapter_names` cannot be applied per example. Run one batch per adapter, or use "
+                    "`bitfit_hf.TaskBank`."
+                )
+            part = self._handed_on(part, (input,))
             for i, row in zip(where, part, strict=True):
                 outputs[i] = row
         widths = {tuple(row.shape) for row in outputs if row is not None}
@@ -212,8 +263,7 @@ class BitFitHead(ModulesToSaveWrapper):
         self._active_adapter = names[:1]
         self._follow()
         module = self.modules_to_save[names[0]]
-        dtype = next((p.dtype for p in self.original_module.parameters() if p.is_floating_point()), torch.float32)
-        return module.to(dtype)
+        return module.to(_dtype_of(self.original_module) or torch.float32)
 
 
 def float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
@@ -257,5 +307,18 @@ def output_size(module: nn.Module) -> int | None:
 def _in_dtype_of(module: nn.Module, value: Any) -> Any:
     # float32, unless FSDP's mixed precision has put a lower one into the module's place for as long as it computes.
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+        return value.to(_dtype_of(module) or torch.float32)
+    return value
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype | None:
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        items = [_cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value

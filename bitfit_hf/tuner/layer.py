@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..backends.sharded import is_sharded, lent
 from ..errors import MergeError, UnsupportedLayerError
@@ -183,13 +184,19 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     # plain attributes are read instead of properties, and casts that change nothing are not called.
 
     @property
-    def _in_use(self) -> Sequence[str]:
+    def adapters_in_use(self) -> Sequence[str]:
+        """The adapters whose deltas the layer computes with at this moment."""
         if self._only is not None:
             return self._only
         if self._disable_adapters or self.merged_adapters:
             return ()
         active = self._active_adapter
         return (active,) if isinstance(active, str) else active
+
+    @property
+    def in_mixed_batch(self) -> bool:
+        """Whether a batch runs whose examples are of several adapters."""
+        return self._mixed is not None
 
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
         """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
@@ -205,7 +212,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             owner, owners_parameter = self._tied.get(parameter, (self, parameter))
             return kept_bias(owner.base_layer, owners_parameter)
         deltas = self._deltas(parameter)
-        names = [name for name in self._in_use if name in deltas]
+        names = [name for name in self.adapters_in_use if name in deltas]
         if not names:
             return base
         return self._sum(parameter, base, names)
@@ -229,13 +236,14 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
         for parameter in self.bias_parameters:
-            names = [name for name in self._in_use if name in self._deltas(parameter)]
+            names = [name for name in self.adapters_in_use if name in self._deltas(parameter)]
             if names:
                 result = result + self._sum(parameter, None, names).to(result.dtype)
         return result
 
     @contextmanager
-    def _using(self, *names: str) -> Iterator[None]:
+    def using(self, *names: str) -> Iterator[None]:
+        """Computes with the adapters `names` in place of the active ones, for as long as the context lasts."""
         self._only = tuple(name for name in names if name != BASE)
         try:
             yield
@@ -245,12 +253,12 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     def _mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """One forward pass in which example `i` of the batch is computed with adapter `adapter_names[i]`."""
         if self._disable_adapters:
-            with self._using():
+            with self.using():
                 return self.base_layer(*args, **kwargs)
         axis = channel_axis(self.base_layer)
         if axis is None or self.bias_parameters != ("bias",):
             return self._mixed_by_row(adapter_names, *args, **kwargs)
-        with self._using():
+        with self.using():
             result = self.base_layer(*args, **kwargs)
         rows = self._delta_rows(adapter_names, result)
         shape = [1] * result.dim()
@@ -293,7 +301,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             with ExitStack() as stack:
                 for layer in (self, *inside):
-                    stack.enter_context(layer._using(name))
+                    stack.enter_context(layer.using(name))
                 output = self.base_layer(*args, **kwargs)
                 results[name] = self._add_to_output(output) if self._adds_to_output else output
         return pick_rows(results, adapter_names, self._rows_per_example)
@@ -366,10 +374,20 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
                 forget(self.base_layer, parameter)
         elif self.merged:
             self.unmerge()
-        uninstall(self.base_layer)
+        uninstall(self.base_layer, self.bias_parameters)
         return self.base_layer
 
     # --- the rest of the model sees the stock layer ---
+
+    @property
+    def in_features(self) -> int | None:
+        """Size of the layer's input, which PEFT's tools read of every layer; `None` where its kind says none."""
+        return _features(self.base_layer)[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """Size of the layer's output, or `None`."""
+        return _features(self.base_layer)[1]
 
     def train(self, mode: bool = True) -> BitFitLayer:
         """Sets the mode; a BatchNorm's running statistics are frozen weights, so it stays in evaluation mode."""
@@ -383,7 +401,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # A layer's own `__deepcopy__` would copy the layer and leave this wrapper out.
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -427,6 +446,16 @@ def _compute_dtype(layer: nn.Module) -> torch.dtype:
         weight = getattr(layer, "weight", None)
         dtype = weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
     return dtype
+
+
+def _features(layer: nn.Module) -> tuple[int | None, int | None]:
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, 3 * layer.embed_dim
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return layer.in_channels, layer.out_channels
+    return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
 
 
 def _out_features(layer: nn.Module) -> int:

@@ -27,6 +27,7 @@ from ..errors import DeltaFormatError
 from ..storage.fetch import fetch_delta
 from ..storage.files import check_digest, check_values, read_pair
 from ..storage.fingerprint import check_base
+from .added_tokens import base_rows_of
 
 # The frames between the tuner and a way of loading: the tuner's, and the constructors of PEFT's wrappers.
 _MAX_DEPTH = 10
@@ -98,7 +99,12 @@ class Loading:
         values, _ = read_pair(self._folder())
         config = BitFitConfig.from_values(values, where=str(self.path_or_repo))
         config.check_layout_known(where=str(self.path_or_repo))
-        check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+        check_base(
+            model,
+            config.base_fingerprint,
+            delta_base=config.base_model_name_or_path,
+            base_rows=base_rows_of(model, config),
+        )
         return config.weights_digest
 
     def _folder(self) -> Path:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
 from ..errors import AdapterNameError, UnsupportedLayerError
 from ..terms.structure import stock_module
+from .nested import rebuild, rows_per_example, tensors
 from .reading import stock_class
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -95,22 +95,25 @@ class MixedBatch:
             [`UnsupportedLayerError`]: The rows do not belong to examples.
         """
         batch = len(self.adapter_names)
-        alone = rows // batch if self._rows_alone is None else next(self._rows_alone[part], 0)
-        if alone == 0 or alone * batch != rows:
+        each = rows_per_example(rows, batch)
+        alone = each if self._rows_alone is None else next(self._rows_alone[part], None)
+        if each is None or each != alone:
             raise UnsupportedLayerError(
                 f"A {stock_class(stock_module(part)).__name__} layer computes {rows} rows for a batch of {batch} "
                 f"examples and {alone or 'other'} for one alone: they do not belong to single examples (a table that "
                 "all share, or a batch that is not the first dimension), so `adapter_names` cannot be applied per "
                 "example. Run one batch per adapter, or use `bitfit_hf.TaskBank`."
             )
-        return alone
+        return each
 
 
 def check_number(adapter_names: Sequence[str], batch: int | None) -> None:
     """Raises [`AdapterNameError`] if there is not one name for each example; a batch of `None` has no known size."""
     if batch is not None and batch != len(adapter_names):
-        raise AdapterNameError(
-            f"`adapter_names` has {len(adapter_names)} names for a batch of {batch} examples; give one for each."
+        raise AdapterNameError(  # in PEFT's words at first, which people look for
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {batch} respectively: `adapter_names` has {len(adapter_names)} names for a "
+            f"batch of {batch} examples; give one for each."
         )
 
 
@@ -127,7 +130,8 @@ def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str]) -> N
     unknown = sorted({str(name) for name in adapter_names} - {*known, BASE})
     if unknown:
         raise AdapterNameError(
-            f"`adapter_names` asks for {unknown}, but the model has the adapters {sorted(known)}. "
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has the adapters "
+            f"{sorted(known)}. "
             f'Load them first (`model.load_adapter(…, adapter_name="{unknown[0]}")`), or use "{BASE}" for the base.'
         )
 
@@ -146,66 +150,47 @@ def _rows_of_one_example(
     model: nn.Module, parts: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
 ) -> dict[nn.Module, list[int]]:
     """Runs the first example of a batch alone, and counts the rows that each layer computes for it, call by call."""
-    alone = {name: _first(value, batch) for name, value in kwargs.items()}
-    if alone.pop("past_key_values", None) is not None:  # it would be written to
+
+    def first(_: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:1] if tensor.dim() > 0 and tensor.shape[0] == batch else tensor
+
+    alone = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+    if kwargs.get("past_key_values") is not None:  # it would be written to
         alone["use_cache"] = False
     rows: dict[nn.Module, list[int]] = defaultdict(list)
 
     def count(part: nn.Module, inputs: Any, output: Any) -> None:
-        while not isinstance(output, torch.Tensor):
-            output = output[0]
-        rows[part].append(output.shape[0])
+        rows[part].append(next(iter(tensors(output).values())).shape[0])
 
     handles = [part.register_forward_hook(count) for part in parts]
     try:
-        model(*(_first(value, batch) for value in args), **alone)
+        args, alone = rebuild((tuple(args), alone), first)
+        model(*args, **alone)
     finally:
         for handle in handles:
             handle.remove()
     return rows
 
 
-def _first(value: Any, batch: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[:1] if value.dim() > 0 and value.shape[0] == batch else value
-    if isinstance(value, ModelOutput):  # what the encoder answered, while a sequence is generated
-        return type(value)(**{name: _first(item, batch) for name, item in value.items()})
-    if isinstance(value, (tuple, list)) and any(isinstance(item, torch.Tensor) for item in value):
-        return type(value)(_first(item, batch) for item in value)
-    return value
-
-
-def pick_rows(results: Mapping[str, Any], adapter_names: Sequence[str], rows_per_example: Callable[[int], int]) -> Any:
+def pick_rows(results: Mapping[str, Any], adapter_names: Sequence[str], count_rows: Callable[[int], int]) -> Any:
     """Takes each example's rows from the result of its own adapter.
 
     Args:
         results (`Mapping[str, Any]`): What a layer computed for the whole batch, by adapter.
         adapter_names (`Sequence[str]`): One per example.
-        rows_per_example (`Callable`): From the number of rows to that of one example's rows.
+        count_rows (`Callable`): From the number of rows to that of one example's rows.
 
     Returns:
         What the layer returns: a tensor, or a tuple or list with tensors.
     """
-    first = next(iter(results.values()))
-    size = _num_rows(first)
-    return first if size is None else _pick(results, adapter_names, rows_per_example(size))
+    by_adapter = {name: tensors(result) for name, result in results.items()}
+    first = next(iter(results))
+    if not by_adapter[first]:
+        return results[first]
+    each = count_rows(next(iter(by_adapter[first].values())).shape[0])
 
+    def picked(path: Any, _: torch.Tensor) -> torch.Tensor:
+        parts = [by_adapter[name][path] for name in adapter_names]
+        return torch.cat([part[i * each : (i + 1) * each] for i, part in enumerate(parts)])
 
-def _num_rows(output: Any) -> int | None:
-    if isinstance(output, torch.Tensor):
-        return output.shape[0]
-    if isinstance(output, (tuple, list)):
-        return next((rows for rows in map(_num_rows, output) if rows is not None), None)
-    return None
-
-
-def _pick(results: Mapping[str, Any], adapter_names: Sequence[str], factor: int) -> Any:
-    first = next(iter(results.values()))
-    if isinstance(first, torch.Tensor):
-        return torch.cat([results[name][i * factor : (i + 1) * factor] for i, name in enumerate(adapter_names)])
-    if isinstance(first, (tuple, list)):
-        columns = zip(*results.values(), strict=True)
-        return type(first)(
-            [_pick(dict(zip(results, column, strict=True)), adapter_names, factor) for column in columns]
-        )
-    return first
+    return rebuild(results[first], picked)

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 
 from ..backends.quantized import keep_trainable
 from ..backends.sharded import gathered
-from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
+from ..errors import AdapterNameError, DeltaMismatchError, MixedBatchError
 from ..storage.files import KEY_PREFIX
 from ..terms import Bias
-from ..terms.structure import stock_module
+from ..terms.structure import HOLDER, stock_module
+from ..terms.token_tensors import check_rows, keep_rows, note_rows, restore_rows, set_rows
+from .added_tokens import AddedTokens
 from .head import BitFitHead
+from .head_parameter import HeadParameter
 from .layer import PREFIX, BitFitLayer
 from .loading import loading_in_progress
 from .merging import prepare_merge
@@ -34,12 +37,13 @@ from .state import (
     head_leaves,
     head_tensors,
     load_tensors,
-    put,
     read_labels,
     remove_adapter,
     stock_path,
+    take_out,
     tuned_layers,
 )
+from .token_rows import TokenRows, token_layers
 
 
 class BitFitModel(BaseTuner):
@@ -131,6 +135,8 @@ class BitFitModel(BaseTuner):
             tensors = loading.read(config)
             plan = make_plan(model, config, adapter_name, only=state_dict)
             plan.check_fit(model, tensors, where=f"adapter {adapter_name!r}")
+        if plan.tokens is not None:
+            set_rows(model, plan.tokens.tensors, max(plan.tokens.tensors.rows, plan.tokens.stop))
         first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
         keep_trainable(model)
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
@@ -140,10 +146,13 @@ class BitFitModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if first:
             self._mark_only_adapters_as_trainable(model)
+        if plan.tokens is not None:
+            self._wrap_tokens(model, adapter_name, plan.tokens, inference_mode=config.inference_mode)
         self._wrap_head(model, adapter_name, plan, inference_mode=config.inference_mode)
         for parameter, requires_grad in trainable:
             parameter.requires_grad = requires_grad
         plan.describe(config)
+        note_rows(model)
 
     def _wrap_layers(
         self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool, device: torch.device | None
@@ -158,8 +167,7 @@ class BitFitModel(BaseTuner):
                 self._tie(model, alias, bias, adapter_name)
 
     def _wrapped(self, model: nn.Module, path: str, parameters: Sequence[str], adapter_name: str) -> BitFitLayer:
-        parent_path, _, name = path.rpartition(".")
-        parent = resolve(model, parent_path)
+        parent, name = _place(model, path)
         child = parent._modules[name]
         assert child is not None
         if isinstance(child, BitFitLayer):
@@ -176,18 +184,43 @@ class BitFitModel(BaseTuner):
         other = self._wrapped(model, path, (parameter,), adapter_name)
         other.share_delta(adapter_name, parameter, owner, bias.parameter)
 
+    def _wrap_tokens(self, model: nn.Module, adapter_name: str, tokens: AddedTokens, *, inference_mode: bool) -> None:
+        wrapped: dict[str | None, TokenRows] = {}
+        for path, leader in token_layers(tokens):
+            parent_path, _, name = path.rpartition(".")
+            parent = resolve(model, parent_path)
+            layer = parent._modules[name]
+            assert layer is not None
+            new = not isinstance(layer, TokenRows)
+            if isinstance(layer, TokenRows):
+                layer.update(adapter_name, start=tokens.start, count=tokens.count)
+            else:
+                layer = TokenRows(
+                    layer, adapter_name, start=tokens.start, count=tokens.count, leader=wrapped.get(leader)
+                )
+                setattr(parent, name, layer)
+            if new or adapter_name in self.active_adapters:
+                layer.set_adapter(self.active_adapters, inference_mode=inference_mode)
+            wrapped[path] = layer
+
     def _wrap_head(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
         active = adapter_name in self.active_adapters
         for path in plan.head:
             parent_path, _, name = path.rpartition(".")
             parent = resolve(model, parent_path)
-            leaf = parent._modules[name]
-            assert leaf is not None
+            module = parent._modules.get(name)
+            if module is None:  # a parameter
+                name = HOLDER + name
+                module = parent._modules.get(name)
             size = plan.labels.num_labels if plan.labels is not None and path == plan.logits else None
-            if isinstance(leaf, BitFitHead):
+            if isinstance(module, BitFitHead):
+                leaf = module
                 leaf.update(adapter_name, num_labels=size)
             else:
-                leaf = BitFitHead(leaf, adapter_name, num_labels=size)
+                if module is None:
+                    leaf = HeadParameter(parent, name.removeprefix(HOLDER), adapter_name)
+                else:
+                    leaf = BitFitHead(module, adapter_name, num_labels=size, in_the_middle=path in plan.middle)
                 setattr(parent, name, leaf)
                 leaf.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
             if active:
@@ -220,9 +253,15 @@ class BitFitModel(BaseTuner):
         given = kwargs.get("input_ids")  # to `generate`, whose first forward may be that of an encoder alone
         check_number(adapter_names, None if given is None else len(given))
         if self.training:
-            raise UnsupportedLayerError("`adapter_names` is for inference: call `model.eval()` first.")
+            raise MixedBatchError(
+                "Cannot pass `adapter_names` when the model is in training mode. It is for inference: call "
+                "`model.eval()` first."
+            )
         if any(layer.merged for _, layer in tuned_layers(self.model)):
-            raise UnsupportedLayerError("`adapter_names` needs the base's own biases: call `unmerge_adapter()` first.")
+            raise MixedBatchError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. It "
+                "needs the base's own biases."
+            )
         parts = [module for module in self.modules() if isinstance(module, (BitFitLayer, BitFitHead))]
         with MixedBatch(self.model, parts, adapter_names, sequences_per_example(kwargs)):
             yield
@@ -312,11 +351,15 @@ class BitFitModel(BaseTuner):
         if merge:
             for _, layer in tuned_layers(model):
                 layer.check_merge(safe_merge, adapter_names)
-            prepare_merge(model, list(adapter_names or self.active_adapters))
+            names = list(adapter_names or self.active_adapters)
+            prepare_merge(model, names)
+            if any(isinstance(module, TokenRows) and module.serves(names) for module in model.modules()):
+                keep_rows(model)
         for name, module in reversed(list(model.named_modules())):
             if isinstance(module, (BitFitLayer, BitFitHead)):
                 with onload_layer(module):
-                    put(model, name, module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
+                    take_out(model, name, module, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+        restore_rows(model)
         vars(model).pop("peft_config", None)
         forget_configs(model)
         return model
@@ -332,6 +375,7 @@ class BitFitModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        check_rows(model)
         wanted = set(delta_parameters(model, adapter_name))  # a tied delta once
         deltas = {}
         for key, tensor in state_dict.items():
@@ -340,17 +384,27 @@ class BitFitModel(BaseTuner):
                 deltas[key] = gathered(tensor).to(torch.float32)
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in deltas.items()}
         for path, leaf in head_leaves(model):
-            live = next(key for key in (f"{KEY_PREFIX}{path}", path) if _has(state_dict, key))
+            place = leaf.live_path(path)
+            live = next(key for key in (f"{KEY_PREFIX}{place}", place) if _has(state_dict, key))
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
-            saved |= {f"{path}.{k}": v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
+            saved |= {stock_path(f"{path}.{k}"): v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
         read_labels(model, adapter_name, config)
         config.about_to_save(saved)
+        # PEFT goes on to look for token embeddings in this dictionary, its own selection of the one that was passed,
+        # and would add whole matrices where the model was resized or `target_modules` names an output layer.
+        for key in list(state_dict):
+            if key in deltas:
+                state_dict[key] = deltas[key]
+            elif "modules_to_save" not in key.split("."):
+                del state_dict[key]
         return deltas
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         prefix = KEY_PREFIX if key.startswith(KEY_PREFIX) else ""
-        return prefix + stock_path(super()._remove_adapter_name_from_key(key, adapter_name))
+        name = stock_path(super()._remove_adapter_name_from_key(key, adapter_name))
+        # As PEFT finds the rows of added tokens when it looks for the layer of token embeddings.
+        return prefix + name.replace(".modules_to_save.", ".")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -386,10 +440,18 @@ def resolve(model: nn.Module, path: str) -> nn.Module:
 
 def find_layer(model: nn.Module, path: str) -> BitFitLayer:
     """The BitFit layer around the module at a stock path."""
-    parent, _, name = path.rpartition(".")
-    layer = resolve(model, parent)._modules[name]
+    parent, name = _place(model, path)
+    layer = parent._modules[name]
     assert isinstance(layer, BitFitLayer)
     return layer
+
+
+def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Where the module at a stock path, or its BitFit layer, hangs: the live parent and the name there."""
+    parent_path, _, name = path.rpartition(".")
+    parent = resolve(model, parent_path)
+    child = parent._modules[name]
+    return (child, "original_module") if isinstance(child, TokenRows) else (parent, name)
 
 
 def _has(state_dict: Mapping[str, torch.Tensor], path: str) -> bool:

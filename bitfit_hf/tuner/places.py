@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import DeltaMismatchError, collect
-from ..terms import Bias
+from ..terms import Bias, part_of
 from ..terms.base_bias import base_bias
 from ..terms.structure import shape_of, stock_root
 from ..terms.survey import survey_model
@@ -20,7 +20,14 @@ from .head import BitFitHead, Labels, output_size
 from .state import head_leaves
 
 
-def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *, base: str | None) -> list[Bias]:
+def find_places(
+    model: nn.Module,
+    layout: Iterable[Bias],
+    head: Sequence[str],
+    *,
+    base: str | None,
+    base_rows: Mapping[str, int] | None = None,
+) -> list[Bias]:
     """Finds the biases of a saved delta in a model.
 
     Args:
@@ -28,6 +35,7 @@ def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *
         layout (`Iterable[Bias]`): The delta's biases, see [`decode_layout`].
         head (`Sequence[str]`): What the delta trains whole.
         base (`str`, *optional*): Name of the delta's base, for messages.
+        base_rows (`Mapping[str, int]`, *optional*): As for [`fingerprint`]: the entries that the delta's base has.
 
     Returns:
         `list[Bias]`: The same, in the model's order and with the names that tied ones have in it.
@@ -40,12 +48,12 @@ def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *
     live: dict[str, Bias] = {}
     for found in survey.found:
         live.setdefault(found.bias.name, found.bias)
-    inside_head = tuple(f"{path}." for path in head)
     order = {name: number for number, name in enumerate(live)}
     places, problems = [], []
     for bias in layout:
-        problem = _problem(bias, layers.get(bias.module), live.get(bias.name))
-        if bias.name.startswith(inside_head):
+        rows = (base_rows or {}).get(bias.name)
+        problem = _problem(bias, layers.get(bias.module), live.get(bias.name), rows)
+        if part_of(bias.name, head) is not None:
             problem = "belongs to the head, which is saved whole"
         if problem is not None:
             problems.append(f"{bias.name} {problem}")
@@ -60,7 +68,7 @@ def find_places(model: nn.Module, layout: Iterable[Bias], head: Sequence[str], *
     return sorted(places, key=lambda bias: order[bias.name])
 
 
-def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None) -> str | None:
+def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None, rows: int | None) -> str | None:
     if layer is None:
         return f"has no place: there is no layer {bias.module}"
     if live is None:
@@ -73,8 +81,9 @@ def _problem(bias: Bias, layer: nn.Module | None, live: Bias | None) -> str | No
         return "does not exist in the model"
     if exists and not bias.exists:
         return "was added for the delta, and the model has one of its own"
-    if live.shape != bias.shape:
-        return f"has shape {list(bias.shape)}, the model's {list(live.shape)}"
+    shape = live.shape if rows is None else (rows,)
+    if shape != bias.shape:
+        return f"has shape {list(bias.shape)}, the model's {list(shape)}"
     return None
 
 
@@ -89,7 +98,7 @@ def find_labels(
 
     Args:
         model (`nn.Module`): The model.
-        head (`Sequence[str]`): The head's leaves.
+        head (`Sequence[str]`): The head's parts.
         num_labels (`int`, *optional*), id2label (`Mapping[int, str]`, *optional*), problem_type (`str`, *optional*):
             What is known of the labels; the rest is the model's.
 
@@ -109,9 +118,9 @@ def find_labels(
         stock = next((found for _, leaf in head_leaves(root) if (found := leaf.labels_of(None)) is not None), own)
         problem_type = stock.problem_type
     labels = Labels(number, dict(names), problem_type)
-    leaves = {path: root.get_submodule(path) for path in head}
-    sizes = {path: _sizes(leaf) for path, leaf in leaves.items()}
-    logits = next((path for path in reversed(head) if own.num_labels in sizes[path]), None)
+    modules = dict(root.named_modules())
+    sizes = {path: _sizes(modules[path]) for path in head if path in modules}
+    logits = next((path for path in reversed(sizes) if own.num_labels in sizes[path]), None)
     if logits is None and labels.num_labels != own.num_labels:
         raise DeltaMismatchError(
             f"The adapter has {labels.num_labels} labels, but no layer of the head of {type(root).__name__} has "

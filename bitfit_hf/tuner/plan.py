@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
-from ..errors import AdapterNameError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
+from ..errors import AdapterNameError, AddedTokensError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
 from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.files import KEY_PREFIX
 from ..storage.fingerprint import check_base, fingerprint
-from ..terms import Bias, find_biases, head_modules, select_biases
+from ..terms import (
+    PEFT_NAMES,
+    Bias,
+    SavedNames,
+    class_head,
+    find_biases,
+    head_modules,
+    part_of,
+    part_tensors,
+    select_biases,
+)
 from ..terms.base_bias import overwritten
-from ..terms.structure import stock_root, walk
+from ..terms.structure import shape_of, stock_module, stock_root, walk
 from ..terms.tasks import library_class, peft_task_type
+from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
 from .head import BitFitHead, Labels, float32_copy
 from .layer import PREFIX, BitFitLayer
 from .places import find_labels, find_places
+from .reading import owners
 from .state import check_fit, is_bitfit
+from .token_rows import TokenRows, added_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +52,23 @@ class Plan:
     Args:
         biases (`list[Bias]`): What is tuned.
         parameters (`dict[str, tuple[str, ...]]`): For each module all biases that any adapter could tune there.
-        head (`list[str]`): Leaf modules of the head.
+        head (`list[str]`): Parts of the head, see [`head_modules`].
+        middle (`frozenset[str]`): Those of them that are no head by the model's class, so that layers may follow.
         labels ([`Labels`], *optional*): The adapter's labels, where there is a head.
         logits (`str`, *optional*): The leaf whose size is the number of labels.
         carrier (`str`, *optional*): The leaf that keeps the label names in step.
+        tokens ([`AddedTokens`], *optional*): The tokens that the checkpoint does not have.
         values (`dict[str, Any]`): What the configuration is completed with.
     """
 
     biases: list[Bias]
     parameters: dict[str, tuple[str, ...]]
     head: list[str]
+    middle: frozenset[str]
     labels: Labels | None
     logits: str | None
     carrier: str | None
+    tokens: AddedTokens | None
     values: dict[str, Any]
 
     def by_module(self) -> dict[str, list[Bias]]:
@@ -76,10 +93,13 @@ class Plan:
                     whole = size == torch.Size(chosen[0].shape).numel()
                     expected[f"{module}.{PREFIX}{parameter}"] = torch.empty(chosen[0].shape if whole else (size,))
         modules = dict(walk(stock_root(model)))
-        for path in self.head:
-            labels = self.labels.num_labels if self.labels is not None and path == self.logits else None
-            for name, tensor in float32_copy(modules[path], labels).state_dict().items():
-                expected[f"{path}.{name}"] = tensor
+        if self.tokens is not None:
+            with torch.device("meta"):
+                expected |= {name: torch.empty(shape) for name, shape in added_shapes(modules, self.tokens).items()}
+        expected |= part_tensors(model, self.head)
+        if self.logits is not None and self.labels is not None:
+            copy = float32_copy(modules[self.logits], self.labels.num_labels)
+            expected |= {f"{self.logits}.{name}": tensor for name, tensor in copy.state_dict().items()}
         check_fit(expected, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, where=where)
 
     def describe(self, config: BitFitConfig) -> None:
@@ -108,17 +128,20 @@ def make_plan(
     _check_name(model, adapter_name)
     _check_head(model, config)
     _check_not_applied(model)
+    tokens = _tokens(model, config)
+    base_rows = {} if tokens is None else tokens.base_rows
+    name = config.base_model_name_or_path
     if config.pending or config.base_fingerprint is not None:  # a new adapter takes the base's below
-        check_base(model, config.base_fingerprint, delta_base=config.base_model_name_or_path)
+        check_base(model, config.base_fingerprint, delta_base=name, base_rows=base_rows)
     if config.pending and config.bias_layout:
         # What the file says was tuned and trained, whatever this version would choose.
         head = []
         if config.modules_to_save:
             head = head_modules(model, task_type=config.task_type, modules_to_save=config.modules_to_save)
-        biases = find_places(model, decode_layout(config.bias_layout), head, base=config.base_model_name_or_path)
+        biases = find_places(model, decode_layout(config.bias_layout), head, base=name, base_rows=base_rows)
     else:
         head, biases = _selection(model, config, config.modules_to_save)
-        unknown = [] if config.pending else _not_in_checkpoint(model, biases)
+        unknown = [] if config.pending else _not_in_checkpoint(model, biases, resized=base_rows)
         if unknown and head:
             logger.warning(
                 "%s is not in the checkpoint of %s and starts at random, so it is trained and saved whole, with the "
@@ -132,7 +155,10 @@ def make_plan(
     if only is not None:
         biases = _restrict(biases, only)
     modules = dict(model.named_modules(remove_duplicate=False))
-    _check_free(modules, [bias.module for bias in biases], head)
+    targets = [bias.module for bias in biases]
+    resized = [] if tokens is None else [path for paths in tokens.tensors.weights for path in paths]
+    _check_free(modules, [*targets, *resized], head)
+    _check_read_once(model, targets, head)
     _check_not_split(model, biases)
 
     everywhere: dict[str, tuple[str, ...]] = {}
@@ -141,16 +167,46 @@ def make_plan(
         everywhere[bias.module] = known if bias.parameter in known else (*known, bias.parameter)
     parameters = {bias.module: everywhere.get(bias.module, (bias.parameter,)) for bias in biases}
 
+    if tokens is not None:
+        _check_output_biases(biases, tokens)
     labels, logits = find_labels(model, head, config.num_labels, config.id2label, config.problem_type)
+    values = _values(model, config, biases, head, labels, tokens)
     return Plan(
-        biases=biases,
+        biases=biases if tokens is None else tokens.in_model(biases),
         parameters=parameters,
         head=head,
+        middle=frozenset(head).difference(class_head(model, config.task_type)),
         labels=labels,
         logits=logits,
         carrier=(logits or head[-1]) if labels is not None else None,
-        values=_values(model, config, biases, head, labels),
+        tokens=tokens,
+        values=values,
     )
+
+
+def _tokens(model: nn.Module, config: BitFitConfig) -> AddedTokens | None:
+    """The added tokens of an adapter: by its file, or by what the model has beyond its checkpoint."""
+    if not config.pending:
+        return find_added_tokens(model, config.added_tokens)
+    if config.added_tokens:
+        return placed_tokens(model, config, others=is_bitfit(model))
+    outputs = [m for m in model.modules() if isinstance(m, TokenRows) and isinstance(stock_module(m), nn.Linear)]
+    if outputs:
+        raise AddedTokensError(
+            f"{type(model).__name__} makes a score for each token, and has an adapter with added tokens "
+            f"({', '.join(sorted(outputs[0].modules_to_save))}), while this delta was trained without them; one "
+            "model answers with one vocabulary. Load the delta onto a base of its own."
+        )
+    return None
+
+
+def _check_output_biases(biases: list[Bias], tokens: AddedTokens) -> None:
+    added = [bias.module for bias in biases if not bias.exists and f"{bias.module}.weight" in tokens.base_rows]
+    if added:
+        raise AddedTokensError(
+            f"`add_missing_biases` would give {added[0]} a bias with an entry per token, and {tokens.count} tokens "
+            "were added, which no checkpoint has. Leave the term `lm_head` out, or the added tokens."
+        )
 
 
 def _selection(
@@ -170,11 +226,12 @@ def _selection(
     return head, biases
 
 
-def _not_in_checkpoint(model: nn.Module, biases: list[Bias]) -> list[str]:
+def _not_in_checkpoint(model: nn.Module, biases: list[Bias], *, resized: Collection[str]) -> list[str]:
     """Modules among those to tune that the checkpoint did not have, such as the pooler of a masked language model's.
 
     Their weights are random and would be others in every process that loads the base. transformers marks the
-    parameters that it has read from a checkpoint; in a model where none is marked, nothing is known.
+    parameters that it has read from a checkpoint; in a model where none is marked, nothing is known. Parameters that
+    were `resized` for added tokens have lost the mark.
     """
     modules = dict(walk(stock_root(model)))
     marks = {
@@ -183,6 +240,8 @@ def _not_in_checkpoint(model: nn.Module, biases: list[Bias]) -> list[str]:
         ]
         for path in dict.fromkeys(bias.module for bias in biases)
     }
+    for path in {name.rpartition(".")[0] for name in resized} & marks.keys():
+        del marks[path]
     missing = [path for path, marked in marks.items() if marked and not any(marked)]
     return missing if 2 * len(missing) < len(marks) else []
 
@@ -206,7 +265,7 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
     """A delta's head needs a model that has one; it is missing where a backbone or a language model is loaded."""
     if not config.pending or not config.modules_to_save:
         return
-    paths = {path for path, _ in walk(stock_root(model))}
+    paths = [path for path, _ in walk(stock_root(model))] + [name for name, _ in stock_root(model).named_parameters()]
     if not any(path == name or path.endswith(f".{name}") for name in config.modules_to_save for path in paths):
         names = [name for name in config.modules_to_save if "." in name] or config.modules_to_save
         raise DeltaMismatchError(
@@ -254,6 +313,20 @@ def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list
             )
 
 
+def _check_read_once(model: nn.Module, targets: list[str], head: list[str]) -> None:
+    """A parameter of the head, and the biases of the module that holds it, are read in the same way."""
+    modules = dict(walk(stock_root(model)))
+    for name in head:
+        path = name.rpartition(".")[0]
+        if name not in modules and (
+            path in targets or any(isinstance(owner, BitFitLayer) for owner in owners(modules[path]).values())
+        ):
+            raise UnsupportedLayerError(
+                f"{name} cannot be trained whole on a model in which biases of {path} are tuned. Leave {name} out of "
+                f"`modules_to_save`, or {path} out of the tuned modules with `exclude_modules`."
+            )
+
+
 def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
     """FSDP lends a layer its whole bias to compute with; under tensor parallelism a layer computes with its slice."""
     modules = dict(walk(stock_root(model)))
@@ -266,19 +339,27 @@ def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
 
 
 def _values(
-    model: nn.Module, config: BitFitConfig, biases: list[Bias], head: list[str], labels: Labels | None
+    model: nn.Module,
+    config: BitFitConfig,
+    biases: list[Bias],
+    head: list[str],
+    labels: Labels | None,
+    tokens: AddedTokens | None,
 ) -> dict[str, Any]:
-    values: dict[str, Any] = {"bias_layout": encode_layout(biases)}
-    if head:
-        values["modules_to_save"] = head
+    rows = None if tokens is None else tokens.base_rows
+    values: dict[str, Any] = {"bias_layout": encode_layout(biases if tokens is None else tokens.in_base(biases))}
+    if tokens is not None:
+        values["added_tokens"], values["base_vocab_size"] = tokens.count, tokens.start
+    if head or config.task_type in PEFT_NAMES:
+        values["modules_to_save"] = SavedNames(head)  # also an empty list is proof against what PEFT appends
     if labels is not None:
         values["num_labels"] = labels.num_labels
         values["id2label"] = dict(labels.id2label)
         values["problem_type"] = labels.problem_type
     if config.base_fingerprint is None:
-        values["base_fingerprint"] = fingerprint(model, biases)
+        values["base_fingerprint"] = fingerprint(model, biases, base_rows=rows)
     if config.base_num_parameters is None:
-        values["base_num_parameters"] = num_base_parameters(model, head) or None
+        values["base_num_parameters"] = num_base_parameters(model, head, base_rows=rows) or None
     if not config.base_model_name_or_path:  # PEFT takes over the empty name of a model made from a config
         values["base_model_name_or_path"] = getattr(model, "name_or_path", None) or None
     if config.revision is None:
@@ -293,16 +374,18 @@ def _values(
     return values
 
 
-def num_base_parameters(model: nn.Module, head: list[str]) -> int:
-    """How many parameters the stock model has outside its task head, whatever is injected; tied ones count once."""
-    leaves = tuple(f"{path}." for path in head)
-    parameters = {
-        id(parameter): _numel(parameter)
-        for path, module in walk(stock_root(model))
-        if not f"{path}.".startswith(leaves)
-        for parameter in module._parameters.values()
-        if parameter is not None
-    }
+def num_base_parameters(model: nn.Module, head: list[str], *, base_rows: Mapping[str, int] | None = None) -> int:
+    """How many parameters the stock model has outside its task head, whatever is injected; tied ones count once.
+
+    Of tensors in `base_rows`, see [`fingerprint`], so many rows count.
+    """
+    parameters: dict[int, int] = {}
+    for path, module in walk(stock_root(model)):
+        for own_name, parameter in module._parameters.items():
+            name = f"{path}.{own_name}" if path else own_name
+            if parameter is not None and part_of(name, head) is None:
+                count, rows = _numel(parameter), (base_rows or {}).get(name)
+                parameters[id(parameter)] = count if rows is None else count // shape_of(parameter)[0] * rows
     return sum(parameters.values())
 
 

@@ -15,24 +15,38 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..backends.sharded import is_lent
+
 
 class BiasOwner(Protocol):
-    """What holds the deltas of a layer."""
+    """What holds the deltas of a layer, or an adapter's own values of a parameter."""
 
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None: ...
 
 
 def install(layer: nn.Module, parameters: tuple[str, ...], owner: BiasOwner) -> None:
-    """Makes `layer` read the biases named `parameters` through `owner`."""
-    # A tuple hides the owner, itself a module that holds `layer`, from `nn.Module`'s registration of children.
-    object.__setattr__(layer, "_bitfit_owner", (owner,))
-    layer.__class__ = _reading_class(stock_class(layer), parameters)
+    """Makes `layer` read the parameters named `parameters` through `owner`."""
+    # A dict hides the owners, themselves modules that hold `layer`, from `nn.Module`'s registration of children.
+    _set_owners(layer, {**owners(layer), **dict.fromkeys(parameters, owner)})
 
 
-def uninstall(layer: nn.Module) -> None:
-    """Gives `layer` its stock class back."""
-    layer.__class__ = stock_class(layer)
-    layer.__dict__.pop("_bitfit_owner", None)
+def uninstall(layer: nn.Module, parameters: tuple[str, ...]) -> None:
+    """Undoes [`install`]; with nothing left to read through an owner, `layer` has its stock class again."""
+    _set_owners(layer, {name: owner for name, owner in owners(layer).items() if name not in parameters})
+
+
+def owners(layer: nn.Module) -> dict[str, Any]:
+    """Whom `layer` reads its parameters through, by their names."""
+    return vars(layer).get("_bitfit_owners", {})
+
+
+def _set_owners(layer: nn.Module, owners: dict[str, BiasOwner]) -> None:
+    if owners:
+        object.__setattr__(layer, "_bitfit_owners", owners)
+        layer.__class__ = _reading_class(stock_class(layer), tuple(owners))
+    else:
+        layer.__dict__.pop("_bitfit_owners", None)
+        layer.__class__ = stock_class(layer)
 
 
 def stock_class(layer: nn.Module) -> type[nn.Module]:
@@ -64,16 +78,31 @@ def _make_reading_class(cls: type[nn.Module], parameters: tuple[str, ...]) -> ty
 
 
 def _reading_property(name: str) -> property:
+    # Parameters are set and deleted by `nn.Module` and never come here. FSDP1 deletes the parameter, and while the
+    # layer computes it puts a view of its flat buffer in its place.
+
     def read(layer: Any) -> torch.Tensor | None:
-        stored = layer._parameters[name] if name in layer._parameters else layer.__dict__.get(f"_{name}_view")
-        return layer._bitfit_owner[0].effective_bias(name, stored)
+        attributes = layer.__dict__
+        parameters = attributes["_parameters"]
+        if name in parameters:
+            stored = parameters[name]
+        elif name in attributes:
+            stored = attributes[name]
+        else:
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
+        if stored is not None and "_fsdp_use_orig_params" in attributes and not is_lent(stored):
+            return stored  # it is FSDP1 that looks, and would write anything else into its buffer
+        return attributes["_bitfit_owners"][name].effective_bias(name, stored)
 
     def write(layer: Any, value: torch.Tensor | None) -> None:
-        # Parameters never come here, `nn.Module.__setattr__` files them. FSDP1 takes the parameter out and puts a
-        # view of its flat buffer in its place.
-        layer.__dict__[f"_{name}_view"] = value
+        layer.__dict__[name] = value  # where `nn.Module` takes it out again when a parameter comes back
 
-    return property(read, write)
+    def delete(layer: Any) -> None:
+        if name not in layer.__dict__:
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
+        del layer.__dict__[name]
+
+    return property(read, write, delete)
 
 
 def _reduce(layer: nn.Module, protocol: int) -> tuple[Any, ...]:

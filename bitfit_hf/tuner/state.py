@@ -12,19 +12,23 @@ from ..backends.sharded import put_back, write_whole
 from ..config import BitFitConfig
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
 from ..storage.files import KEY_PREFIX, check_digest, check_values
-from ..terms.structure import stock_root
+from ..terms.structure import HOLDER, stock_root
+from ..terms.token_tensors import restore_rows
 from .head import BitFitHead
+from .head_parameter import VALUE, HeadParameter
 from .layer import PREFIX, BitFitLayer
+from .token_rows import TokenRows
 
 # Parts of a live module's path that the stock model does not have.
 _INSERTED = frozenset(
-    {"base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+    {"base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", VALUE}
 )
 
 
 def stock_path(name: str) -> str:
     """The stock path of a module or parameter of a live model: without what wrappers insert."""
-    return ".".join(part for part in name.removeprefix(KEY_PREFIX).split(".") if part not in _INSERTED)
+    parts = (part for part in name.removeprefix(KEY_PREFIX).split(".") if part not in _INSERTED)
+    return ".".join(part.removeprefix(HOLDER) for part in parts)
 
 
 def tuned_layers(model: nn.Module) -> Iterator[tuple[str, BitFitLayer]]:
@@ -35,7 +39,7 @@ def tuned_layers(model: nn.Module) -> Iterator[tuple[str, BitFitLayer]]:
 
 
 def head_leaves(model: nn.Module) -> Iterator[tuple[str, BitFitHead]]:
-    """The wrapped leaf modules of a model's head, by stock path."""
+    """The wrapped parts of a model's head, by stock path."""
     for name, module in stock_root(model).named_modules():
         if isinstance(module, BitFitHead):
             yield stock_path(name), module
@@ -62,7 +66,7 @@ def delta_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parame
 def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Parameters and buffers of an adapter's head, live, by their stock name."""
     return {
-        f"{path}.{name}": tensor
+        stock_path(f"{path}.{name}"): tensor
         for path, leaf in head_leaves(model)
         if adapter_name in leaf.modules_to_save
         for name, tensor in leaf.modules_to_save[adapter_name].state_dict(keep_vars=True).items()
@@ -128,12 +132,12 @@ def load_tensors(
     with torch.no_grad():
         for name, target in live.items():
             if target.is_meta:
-                _materialise(model, adapter_name, name, target, given[name])
+                _materialise(model, adapter_name, target, given[name])
             else:
                 write_whole(target, given[name])
 
 
-def _materialise(model: nn.Module, adapter_name: str, name: str, empty: torch.Tensor, value: torch.Tensor) -> None:
+def _materialise(model: nn.Module, adapter_name: str, empty: torch.Tensor, value: torch.Tensor) -> None:
     """Gives a tensor made under `low_cpu_mem_usage=True` its memory, on the device of its layer."""
     made = None
     for _, layer in tuned_layers(model):
@@ -145,13 +149,16 @@ def _materialise(model: nn.Module, adapter_name: str, name: str, empty: torch.Te
                 deltas[adapter_name] = made
     if made is not None:
         return
-    for leaf_path, leaf in head_leaves(model):
-        if name.startswith(f"{leaf_path}."):
-            module = leaf.modules_to_save[adapter_name]
-            device = next((p.device for p in leaf.original_module.parameters()), torch.device("cpu"))
-            wanted = any(p.requires_grad for p in module.parameters())
-            inner, _, last = name.removeprefix(f"{leaf_path}.").rpartition(".")
-            setattr(module.get_submodule(inner), last, nn.Parameter(value.to(device), requires_grad=wanted))
+    for _, leaf in head_leaves(model):
+        if adapter_name not in leaf.modules_to_save:
+            continue
+        module = leaf.modules_to_save[adapter_name]
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if tensor is empty:
+                wanted = any(p.requires_grad for p in module.parameters())
+                inner, _, last = name.rpartition(".")
+                owner = module.get_submodule(inner)
+                setattr(owner, last, nn.Parameter(value.to(leaf.device_of_base), requires_grad=wanted))
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -161,7 +168,9 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if isinstance(module, (BitFitLayer, BitFitHead)):
             module.forget(adapter_name)
             if not module.serves_any():
-                put(root, name, module.unload_and_optionally_merge_module(False, False, None))
+                take_out(root, name, module)
+    if not any(isinstance(module, TokenRows) for module in root.modules()):
+        restore_rows(root)
     configs = getattr(root, "peft_config", None)
     if isinstance(configs, dict):
         configs.pop(adapter_name, None)
@@ -175,10 +184,22 @@ def forget_configs(root: nn.Module) -> None:
         vars(root).pop("_hf_peft_config_loaded", None)  # the class says False
 
 
-def put(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` at the live path `name`."""
+def take_out(
+    root: nn.Module,
+    name: str,
+    wrapper: BitFitLayer | BitFitHead,
+    *,
+    merge: bool = False,
+    safe_merge: bool = False,
+    adapter_names: list[str] | None = None,
+) -> None:
+    """Takes the wrapper at the live path `name` out of a model, merged or not."""
     parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
+    inner = wrapper.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+    if isinstance(wrapper, HeadParameter):
+        delattr(root.get_submodule(parent), child)  # it stands for nothing but a parameter beside it
+    else:
+        setattr(root.get_submodule(parent), child, inner)
 
 
 class StrictLoader:

@@ -572,6 +572,9 @@ _add(
     inputs=_audio_to_text,
 )
 _add("whisper", "audio", "WhisperForAudioClassification", _config("WhisperConfig", **_WHISPER), inputs=_audio)
+# With `layer_weights`, a parameter of the head that lies in no module.
+_weighted = _config("WhisperConfig", **_WHISPER, use_weighted_layer_sum=True)
+_add("whisper", "audio", "WhisperForAudioClassification", _weighted, inputs=_audio, suffix="weighted")
 
 _CLIP_TOWER = {
     "hidden_size": HIDDEN,

@@ -50,6 +50,7 @@ EXPECTED: dict[str, list[str]] = {
     "swin-image": ["classifier"],
     "whisper-seq2seq_lm": [],
     "whisper-audio": ["projector", "classifier"],
+    "whisper-audio-weighted": ["layer_weights", "projector", "classifier"],
     "clip-contrastive": [],
     "clip-image": ["classifier"],
     "mlp": [],

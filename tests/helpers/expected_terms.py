@@ -338,6 +338,7 @@ EXPECTED: dict[str, set[Row]] = {
     "whisper-seq2seq_lm": bart_like(WHISPER_LAYER, WHISPER_DECODER_LAYER, "model.", {"layer_norm": "other"})
     | rows({"conv1": "other", "conv2": "other"}, "model.encoder.", stack="encoder"),
     "whisper-audio": layers("encoder.layers.{}", WHISPER_LAYER) | rows(_WHISPER_OUTSIDE, "encoder."),
+    "whisper-audio-weighted": layers("encoder.layers.{}", WHISPER_LAYER) | rows(_WHISPER_OUTSIDE, "encoder."),
     "clip-contrastive": clip_tower("text", {"final_layer_norm": "other"}, "text")
     | clip_tower("vision", _CLIP_VISION_OUTSIDE, "vision"),
     "clip-image": clip_tower("vision", _CLIP_VISION_OUTSIDE, ""),

@@ -640,7 +640,7 @@ def test_errors_of_adding(setting, tmp_path):
     refused(bank, TaskBankError, "BertForMaskedLM", lambda: bank.add_task("b", masked))
 
     nameless = copy.deepcopy(delta)
-    nameless.config.task_type = None
+    nameless.config.task_type = nameless.config.auto_mapping = None
     refused(bank, TaskBankError, "task_type", lambda: bank.add_task("b", nameless))
     smuggled = copy.deepcopy(delta)
     smuggled.config.task_type = None
@@ -651,6 +651,29 @@ def test_errors_of_adding(setting, tmp_path):
     weights = tmp_path / "torn" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])
     refused(bank, DeltaFormatError, "damaged", lambda: bank.add_task("b", tmp_path / "torn"))
+
+
+def test_deltas_without_a_head_need_the_class_that_they_were_trained_in():
+    """Such a delta relies on the output layer that came with the checkpoint."""
+    masked = ARCHITECTURES["bert-masked_lm"]
+    delta = tuned_pair(masked, 1)[1]
+
+    class Own(transformers.BertForMaskedLM):
+        pass
+
+    base = randomize_(Own(masked.build().config).eval())
+    bank = TaskBank(base)
+    bank.add_task("a", delta)
+    assert bank.describe("a")[0] == "Own"
+    old = copy.deepcopy(delta)  # before the class was recorded
+    old.config.auto_mapping, old.config.task_type = None, "CAUSAL_LM"
+    refused(bank, TaskBankError, "BertLMHeadModel", lambda: bank.add_task("b", old))
+    causal = ARCHITECTURES["gpt2-causal_lm"]
+    old = tuned_pair(causal, 1)[1]
+    old.config.auto_mapping, old.config.task_type = None, "CAUSAL_LM"
+    bank = TaskBank(randomize_(causal.build()))
+    bank.add_task("a", old)
+    assert bank.describe("a")[0] == "GPT2LMHeadModel"
 
 
 def test_another_base_can_be_allowed(setting):
@@ -933,11 +956,26 @@ def test_predict_truncates_to_what_the_model_takes(served):
     assert len(answer) == 32 - 2
 
 
+def test_one_text_and_one_name_for_many(served):
+    bank, _, _ = served
+    for task in ("sequence-3", "token-4"):
+        assert bank.predict("a b c", task) == bank.predict(["a b c"], [task])
+        assert bank.predict(["a b", "c"], task) == bank.predict(["a b", "c"], [task] * 2)
+    (base,), many = bank.predict("a", None), bank.predict(["a", "b c"], None)
+    assert torch.equal(base["last_hidden_state"], bank.predict(["a"], [None])[0]["last_hidden_state"])
+    assert len(many) == 2
+    assert bank.predict([("a", "b c")], "question") == bank.predict([("a", "b c")], ["question"])
+
+
 def test_errors_of_predict(served, setting):
     bank, _, words = served
     refused(setting.bank, TaskBankError, "no tokenizer", lambda: setting.bank.predict(["a"], [TASKS[0]]))
     refused(bank, TaskBankError, "no texts", lambda: bank.predict([], []))
     refused(bank, TaskBankError, "lists", lambda: bank.predict("a", ["sequence-3"]))
+    refused(bank, TaskBankError, r"lists .* got texts=None", lambda: bank.predict(None, "sequence-3"))
+    refused(bank, TaskBankError, r"lists .* got tasks=3 \(int\)", lambda: bank.predict(["a"], 3))
+    refused(bank, TaskBankError, r"tasks=\['x'\] for texts=\['a', 'b'\]", lambda: bank.predict(["a", "b"], ["x"]))
+    refused(bank, TaskBankError, r"got \['x'\] \(list\)", lambda: bank.predict(["a"], [["x"]]))
     refused(bank, TaskBankError, "1 task names for 2", lambda: bank.predict(["a", "b"], ["sequence-3"]))
     refused(bank, TaskBankError, "no task 'x'", lambda: bank.predict(["a"], ["x"]))
     refused(bank, TaskBankError, "pair of strings", lambda: bank.predict([("a", "b", "c")], ["sequence-3"]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -11,7 +15,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from bitfit_hf.errors import BitFitError, NoMatchError, UnknownHeadError
-from bitfit_hf.terms import find_biases, head_modules
+from bitfit_hf.terms import SavedNames, find_biases, head_modules, part_of, part_tensors
 
 # More classes of the same families, built with their default config and without memory.
 MORE_CLASSES: dict[str, list[str]] = {
@@ -101,9 +105,14 @@ def test_head_of_more_classes(class_name):
 def test_head_leaves_hold_parameters_and_end_in_the_labels(name):
     """No leaf has a child with parameters of its own, and together they are all that is outside the backbone."""
     model, head = shared(name), head_modules(shared(name))
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     held = set()
     for path in head:
-        leaf = model.get_submodule(path)
+        if path not in modules:
+            assert path in parameters
+            held.add(path)
+            continue
+        leaf = modules[path]
         assert not [child for child in leaf.children() if list(child.parameters())]
         held |= {f"{path}.{parameter}" for parameter, _ in leaf.named_parameters()}
     assert held
@@ -118,6 +127,92 @@ def test_head_leaves_hold_parameters_and_end_in_the_labels(name):
 def test_head_and_biases_do_not_overlap(name):
     head = set(head_modules(shared(name)))
     assert not head & {bias.module for bias in find_biases(shared(name), add_missing_biases=True)}
+
+
+# Parameters that lie in no module ------------------------------------------------------------------------------------
+
+# By the modeling files, with `use_weighted_layer_sum=True` where a class has that option. Each class's whole head.
+FREE_PARAMETERS: dict[str, list[str]] = {
+    "Wav2Vec2ForSequenceClassification": ["layer_weights", "projector", "classifier"],
+    "Wav2Vec2ForAudioFrameClassification": ["layer_weights", "classifier"],
+    "HubertForSequenceClassification": ["layer_weights", "projector", "classifier"],
+    "WavLMForSequenceClassification": ["layer_weights", "projector", "classifier"],
+    "WhisperForAudioClassification": ["layer_weights", "projector", "classifier"],
+    "TapasForQuestionAnswering": ["output_weights", "column_output_weights", "output_bias", "column_output_bias"],
+    # In a part of the head that is no leaf.
+    "BrosSpadeELForTokenClassification": ["entity_linker.dummy_node", "entity_linker.query", "entity_linker.key"],
+}
+
+
+def weighted(class_name: str) -> PreTrainedModel:
+    model_class = getattr(transformers, class_name)
+    config = model_class.config_class()
+    for setting in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
+        if hasattr(config, setting):
+            setattr(config, setting, 1)
+    if hasattr(config, "use_weighted_layer_sum"):
+        config.use_weighted_layer_sum = True
+    with torch.device("meta"):
+        return model_class(config)
+
+
+@pytest.mark.parametrize("class_name", FREE_PARAMETERS)
+def test_a_head_s_parameters_outside_of_modules(class_name):
+    model = weighted(class_name)
+    head = head_modules(model)
+    assert head == FREE_PARAMETERS[class_name]
+    assert all(part_of(bias.name, head) is None for bias in find_biases(model))
+    tensors = part_tensors(model, head)
+    if model.base_model is not model:
+        backbone = {id(parameter) for parameter in model.base_model.parameters()}
+        assert tensors.keys() == {key for key, p in model.named_parameters() if id(p) not in backbone}
+    assert all(tensor is dict(model.named_parameters())[name] for name, tensor in tensors.items())
+
+
+def test_without_the_weighted_sum_there_is_no_such_part():
+    assert head_modules(meta("Wav2Vec2ForSequenceClassification")) == ["projector", "classifier"]
+
+
+class TaggerWithTransitions(PreTrainedModel):
+    """The transitions between tags, as in a CRF, held by the model itself; and the embeddings under another name."""
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+    _supports_sdpa = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.transitions = nn.Parameter(torch.zeros(config.num_labels, config.num_labels))
+        self.shared = self.bert.embeddings.word_embeddings.weight
+        self.post_init()
+
+
+class TaggerForTokenClassification(TaggerWithTransitions):
+    """The same under a name that says that its head is new."""
+
+
+def test_a_crf_s_transitions():
+    config = ARCHITECTURES["bert-token"].build().config
+    assert head_modules(TaggerForTokenClassification(config)) == ["transitions", "classifier"]
+    with pytest.raises(UnknownHeadError, match="transitions, shared, bert, classifier"):
+        head_modules(TaggerWithTransitions(config))
+    named = head_modules(TaggerWithTransitions(config), modules_to_save=["classifier", "transitions"])
+    assert named == ["transitions", "classifier"]
+
+
+def test_modules_to_save_name_parameters_too():
+    model = shared("vit-image")
+    assert head_modules(model, modules_to_save=["cls_token"]) == ["vit.embeddings.cls_token", "classifier"]
+    assert head_modules(model, modules_to_save=["vit.embeddings"]) == [
+        "vit.embeddings.cls_token",
+        "vit.embeddings.position_embeddings",
+        "vit.embeddings.patch_embeddings.projection",
+        "classifier",
+    ]
+    with pytest.raises(NoMatchError, match=r"patch_embeddings\.projection\.weight"):
+        head_modules(model, modules_to_save=["patch_embeddings.projection.weight"])
 
 
 # The task type -------------------------------------------------------------------------------------------------------
@@ -279,3 +374,57 @@ def test_looking_changes_nothing():
     before = snapshot(model)
     head_modules(model, modules_to_save=["pooler"])
     assert snapshot(model) == before
+
+
+# What PEFT appends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda names: pickle.loads(pickle.dumps(names))])
+def test_saved_names_take_none_of_peft_s(copied):
+    names = SavedNames(["pooler", "classifier"])
+    names.extend(["classifier", "score"])
+    names.extend(["last"])
+    assert names == ["pooler", "classifier", "last"]
+    twin = copied(names)
+    assert twin == names
+    assert type(twin) is SavedNames
+    twin.append("score")
+    assert names == ["pooler", "classifier", "last"]
+    assert json.loads(json.dumps(twin)) == ["pooler", "classifier", "last", "score"]
+
+
+@pytest.mark.parametrize(
+    ("names", "tensors", "expected"),
+    [
+        (["classifier", "classifier", "score"], ["classifier.weight"], ["classifier"]),
+        (["pooler", "classifier", "score"], ["pooler.bias"], ["pooler"]),
+        (["pooler", "classifier", "score"], ["pooler.bias", "score.weight"], ["pooler", "score"]),
+        (["score.out_proj", "classifier", "score"], ["score.out_proj.weight"], ["score.out_proj"]),
+        (["qa_outputs", "qa_outputs"], ["qa_outputs.weight"], ["qa_outputs"]),
+        (
+            ["start.dense", "end.dense", "qa_outputs"],
+            ["start.dense.bias", "end.dense.bias"],
+            ["start.dense", "end.dense"],
+        ),
+        # Parts of a head whose tensors are missing stay, so that they are missed.
+        (["classifier"], [], ["classifier"]),
+        (["qa_outputs"], [], ["qa_outputs"]),
+        (["pooler", "classifier"], ["pooler.bias"], ["pooler", "classifier"]),
+        (["classifier", "classifier", "score"], [], ["classifier"]),
+    ],
+)
+def test_what_earlier_versions_wrote_into_a_file(names, tensors, expected):
+    assert SavedNames(names).without_peft_names(tensors) == expected
+
+
+def test_peft_s_names_are_the_head_of_a_plain_module():
+    """Whether PEFT appends them before it injects (sequence classification) or after (the other two)."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.classifier, self.qa_outputs = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    heads = {task: head_modules(Plain(), task_type=task) for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")}
+    assert heads == {"SEQ_CLS": ["classifier"], "TOKEN_CLS": ["classifier"], "QUESTION_ANS": ["qa_outputs"]}
+    assert head_modules(Plain()) == []

@@ -1,7 +1,7 @@
 """Deltas saved by earlier releases load to the same outputs in this one.
 
-`tests/regression/<version>/` holds a tiny base, a delta on it, and what the tuned model answers. To save one for a
-release: `python tests/test_regression.py` in a checkout of it, and commit the new folder.
+`tests/library/regression/<version>/` holds a tiny base, a delta on it, and what the tuned model answers. To save one
+for a release: `python tests/library/test_regression.py` in a checkout of it, and commit the new folder.
 """
 
 from __future__ import annotations

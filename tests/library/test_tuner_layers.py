@@ -748,6 +748,31 @@ def test_a_tuned_layer_looks_like_the_stock_layer():
         conv.nowhere  # noqa: B018
 
 
+class WeightNormed(nn.Module):
+    """Layers with a parametrized weight, as in the positional convolution of Wav2Vec2; PyTorch gives those a
+    `__deepcopy__` of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(x))
+
+
+def test_a_copy_of_a_layer_with_a_parametrized_weight_keeps_its_deltas():
+    model = fill_(get_peft_model(WeightNormed(), BitFitConfig(modules_to_save=["last"])))
+    x = torch.randn(2, 4)
+    twin = copy.deepcopy(model)
+    assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(twin(x), model(x))
+    fill_(twin, seed=3)
+    assert not torch.equal(twin(x), model(x))
+    with pytest.raises(AttributeError, match="__deepcopy__"):
+        model.get_base_model().body.__deepcopy__  # noqa: B018
+
+
 def test_a_state_dict_of_the_base_loads_under_the_adapters():
     arch = ARCHITECTURES["bert-backbone"]
     model = fill_(tune(arch))

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from bitfit_hf.storage.files import encode_tensors, read_tensors, write_bytes
-from bitfit_hf.terms import head_modules
+from bitfit_hf.terms import head_modules, part_tensors
 
 Folder = str | os.PathLike[str]
 
@@ -174,11 +174,7 @@ class StoredWhole(Method):
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a stock model's task head, by name."""
-    return {
-        f"{path}.{name}": parameter
-        for path in head_modules(model)
-        for name, parameter in model.get_submodule(path).named_parameters()
-    }
+    return {name: tensor for name, tensor in head_tensors(model).items() if isinstance(tensor, nn.Parameter)}
 
 
 def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -196,11 +192,7 @@ def train_head_only(model: nn.Module) -> None:
 
 def head_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of the task head, parameters and buffers, live and by name."""
-    return {
-        f"{path}.{name}": tensor
-        for path in head_modules(model)
-        for name, tensor in model.get_submodule(path).state_dict(keep_vars=True).items()
-    }
+    return part_tensors(model, head_modules(model))
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,4 +1,8 @@
-"""Nested arguments and outputs of layers: flattening, rebuilding, and finding the batch in them."""
+"""Nested arguments and outputs of modules: walking through them, and which of their rows belong to which example.
+
+That the first dimension of a tensor is the batch holds for most layers of most models, not for all. So who mixes tasks
+or adapters in a batch runs the model on two sizes of it, and holds the shapes against each other, see [`batch_axis`].
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,11 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from leaves(value, (*path, number))
     elif tree is not None:
         yield path, tree
+
+
+def tensors(tree: Any) -> dict[Path, torch.Tensor]:
+    """The tensors in nested tuples, lists and mappings, by their path."""
+    return {path: value for path, value in leaves(tree) if isinstance(value, torch.Tensor)}
 
 
 def rebuild(tree: Any, change: Callable[[Path, torch.Tensor], torch.Tensor], path: Path = ()) -> Any:
@@ -65,9 +74,26 @@ def batch_axis(first: tuple[int, ...], second: tuple[int, ...], sizes: tuple[int
     return axis if not more and first[axis] * sizes[1] == second[axis] * sizes[0] else None
 
 
+def rows_per_example(rows: int, examples: int) -> int | None:
+    """How many consecutive rows of the batch dimension are one example's.
+
+    Some models fold windows, patches or choices into the batch, the example outermost.
+
+    Returns:
+        `int`, or `None` where the rows cannot be shared out evenly.
+    """
+    each, rest = divmod(rows, examples)
+    return each if each and not rest else None
+
+
 def take(tensor: torch.Tensor, axis: int, examples: torch.Tensor, size: int) -> torch.Tensor:
     """The part of `tensor` that belongs to some examples of a batch of `size`, `axis` being the batch."""
-    factor = tensor.shape[axis] // size
-    if factor > 1:
-        examples = (examples[:, None] * factor + torch.arange(factor, device=examples.device)).flatten()
-    return tensor.index_select(axis, examples)
+    each = rows_per_example(tensor.shape[axis], size) or 1
+    return tensor.index_select(axis, rows_of(examples, each))
+
+
+def rows_of(examples: torch.Tensor, each: int) -> torch.Tensor:
+    """The rows of some examples that have `each` rows."""
+    if each == 1:
+        return examples
+    return (examples[:, None] * each + torch.arange(each, device=examples.device)).flatten()
