@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, TaskType
 
 from .errors import BitFitError, ConfigError, DeltaFormatError, DeltaMismatchError, collect
-from .storage.bias_layout import decode_layout
-from .storage.files import digest, is_added
+from .storage.bias_layout import decode_layout, plain_layout
+from .storage.files import CONFIG_FILE, digest, encode_config, is_added, write_bytes
+from .storage.fingerprint import plain_fingerprint
 from .terms import Bias, SavedNames, resolve_terms
 from .terms.selection import ALL_LINEAR, fits
 from .terms.tasks import BY_PEFT_NAME
@@ -70,7 +73,7 @@ class BitFitConfig(PeftConfig):
             Shape and label names of the head. Taken from the model when training; restored on the model when loading.
         base_fingerprint (`dict`, *optional*):
             What identifies the checkpoint that the delta belongs to; filled in at injection.
-        bias_layout (`dict[str, str]`, *optional*):
+        bias_layout (`dict[str, dict]`, *optional*):
             Which term and layer each tuned tensor is, see [`bitfit_hf.storage.bias_layout`]; filled in at injection.
         weights_digest (`str`, *optional*):
             SHA-256 over the tensors saved with this configuration; ties the two files of one save together.
@@ -125,7 +128,7 @@ class BitFitConfig(PeftConfig):
     base_fingerprint: dict[str, Any] | None = field(
         default=None, metadata={"help": "Identifies the checkpoint that the delta belongs to."}
     )
-    bias_layout: dict[str, str] | None = field(
+    bias_layout: dict[str, dict[str, Any]] | None = field(
         default=None, metadata={"help": "Which term and layer each tuned tensor is."}
     )
     weights_digest: str | None = field(
@@ -171,7 +174,10 @@ class BitFitConfig(PeftConfig):
         self._facts_of = None if self.weights_digest is None else (self.run, self.weights_digest)
         self._size_of_last_state: int | None = None
         self._tokens_in_last_state = 0
+        if self.base_fingerprint is not None:
+            self.base_fingerprint = plain_fingerprint(self.base_fingerprint)
         if self.bias_layout:
+            self.bias_layout = plain_layout(self.bias_layout)
             self.settle_task()
             self._check_choice(decode_layout(self.bias_layout))
 
@@ -298,6 +304,8 @@ class BitFitConfig(PeftConfig):
             kwargs: As for [`~peft.PeftConfig.save_pretrained`].
         """
         super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory, CONFIG_FILE)
+        write_bytes(path, encode_config(json.loads(path.read_text(encoding="utf-8"))))  # PEFT's is hard to read
         if self.bias_layout:  # else nothing was trained yet
             run_after_save(save_directory, self)
 
@@ -447,7 +455,7 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "base_fingerprint": _kind("a mapping", lambda v: isinstance(v, dict)),
     "bias_layout": _kind(
         "a mapping of tensor names to places",
-        lambda v: isinstance(v, dict) and all(isinstance(place, str) for place in v.values()),
+        lambda v: isinstance(v, dict) and all(isinstance(place, (str, dict)) for place in v.values()),
     ),
     "weights_digest": _TEXT,
     "bitfit_version": _TEXT,

@@ -81,16 +81,20 @@ class Ledger:
 
     # --- what is there ---
 
-    def is_gone(self) -> bool:
+    def layers(self) -> dict[str, nn.Module]:
+        """The model's layers by path, for the methods below. Not kept: a ledger must not keep its model alive."""
+        return dict(walk(self.root))
+
+    def is_gone(self, layers: Mapping[str, nn.Module]) -> bool:
         """Whether nothing is left of what was written, and the biases that are there are the base's own.
 
         Raises:
             [`DeltaMismatchError`]: A part of it is left; or something was written that this ledger knows nothing of.
         """
-        layers = dict(walk(self.root))
         left: list[str] = []
         gone: list[str] = []
-        for name in self._names():
+        names = self._names()
+        for name in names:
             path, _, parameter = name.rpartition(".")
             layer = layers.get(path)
             state = None if layer is None else found(layer, parameter)
@@ -102,7 +106,7 @@ class Ledger:
                 f"biases was changed or loaded afterwards, so neither b_0 nor b_0 + δ is there any more:"
                 f"{collect(f'{name} was changed' for name in gone)}\nLoad the base again, with all of its biases."
             )
-        foreign = sorted(set(overwritten(self.root)) - set(self._names()))
+        foreign = [name for name in overwritten(layers) if name not in names]
         if foreign:
             raise DeltaMismatchError(
                 f"This {type(self.root).__name__} holds a delta that was applied to a part of it, or to the model "
@@ -111,8 +115,8 @@ class Ledger:
             )
         return bool(gone)
 
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(name for delta in self.applied for name in delta.deltas))
+    def _names(self) -> dict[str, None]:
+        return dict.fromkeys(name for delta in self.applied for name in delta.deltas)
 
     # --- checking ---
 
@@ -137,15 +141,15 @@ class Ledger:
             )
         return fit_added_tokens(self.root, added.start, added.count, others=bool(others))
 
-    def fit(self, delta: AppliedDelta, tokens: AddedTokens | None) -> AppliedDelta:
+    def fit(self, delta: AppliedDelta, tokens: AddedTokens | None, layers: Mapping[str, nn.Module]) -> AppliedDelta:
         """Raises what is wrong with applying `delta`, before anything is written; returns it with complete labels.
 
         Args:
             delta ([`AppliedDelta`]): What is about to be applied.
             tokens ([`AddedTokens`], *optional*): What [`~Ledger.place_tokens`] has found.
+            layers (`Mapping[str, nn.Module]`): The model's, see [`~Ledger.layers`].
         """
         model = self.root
-        layers = dict(walk(model))
         biases = [bias for group in delta.biases.values() for bias in group]
         base_rows = None if tokens is None else tokens.base_rows
         for bias in find_places(model, biases, list(delta.head), base=delta.name, base_rows=base_rows):
@@ -214,27 +218,26 @@ class Ledger:
 
     # --- writing ---
 
-    def add(self, delta: AppliedDelta) -> None:
+    def add(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Writes `delta` into the model, beside those that are there."""
         before = (self._headed(), self._enlarged())
         self.applied.append(delta)
-        self._write(before)
+        self._write(layers, before)
         LEDGERS[self.root] = self
 
-    def remove(self, delta: AppliedDelta) -> None:
+    def remove(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Takes `delta` out of the model."""
-        before, layers = (self._headed(), self._enlarged()), dict(walk(self.root))
+        before = (self._headed(), self._enlarged())
         self.applied.remove(delta)
-        for name in delta.deltas.keys() - set(self._names()):
+        for name in delta.deltas.keys() - self._names().keys():
             path, _, parameter = name.rpartition(".")
             put_back(layers[path], parameter)
-        self._write(before)
+        self._write(layers, before)
         if not self.applied:
             del LEDGERS[self.root]
 
-    def start_anew(self) -> None:
+    def start_anew(self, layers: Mapping[str, nn.Module]) -> None:
         """Forgets deltas that are gone. Their head is taken out where it is still there, and their labels with it."""
-        layers = dict(walk(self.root))
         for name in self._names():
             path, _, parameter = name.rpartition(".")
             if path in layers:
@@ -257,10 +260,9 @@ class Ledger:
         self._labels = _labels_of(self.root)
         LEDGERS.pop(self.root, None)
 
-    def _write(self, before: tuple[AppliedDelta | None, AppliedDelta | None]) -> None:
+    def _write(self, layers: Mapping[str, nn.Module], before: tuple[AppliedDelta | None, AppliedDelta | None]) -> None:
         """Writes the sum of the deltas over the base, and the last head and rows of added tokens, where they are no
         longer those of the deltas `before`."""
-        layers = dict(walk(self.root))
         with torch.no_grad():
             for name in self._names():
                 path, _, parameter = name.rpartition(".")
@@ -314,8 +316,9 @@ def ledger_of(model: nn.Module) -> Ledger:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether the biases of a stock model are not those of its base, since a delta was written into them."""
-    ledger = LEDGERS.get(stock_root(model))
-    return next(overwritten(model), None) is not None or (ledger is not None and not ledger.is_gone())
+    ledger = ledger_of(model)
+    layers = ledger.layers()
+    return next(overwritten(layers), None) is not None or (bool(ledger.applied) and not ledger.is_gone(layers))
 
 
 def _row_problems(added: AppliedRows, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

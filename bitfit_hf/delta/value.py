@@ -26,7 +26,7 @@ from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.fetch import fetch_delta
 from ..storage.files import KEY_PREFIX, check_values, digest, is_added, read_pair, write_pair
-from ..storage.fingerprint import OnMismatch, check_base, fingerprint
+from ..storage.fingerprint import OnMismatch, check_base, differing, fingerprint
 from ..terms import Bias, SavedNames, find_biases, head_modules, part_of, part_tensors
 from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
@@ -377,7 +377,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 "Load the delta as another adapter (`model.load_adapter`), or apply it to a stock model."
             )
         ledger, delta = ledger_of(model), self._to_apply()
-        gone = ledger.is_gone()
+        layers = ledger.layers()
+        gone = ledger.is_gone(layers)
         tokens = ledger.place_tokens(delta, gone=gone)
         check_base(
             model,
@@ -386,10 +387,10 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             on_mismatch=on_base_mismatch,
             base_rows=None if tokens is None else tokens.base_rows,
         )
-        delta = ledger.fit(delta, tokens)
+        delta = ledger.fit(delta, tokens, layers)
         if gone:
-            ledger.start_anew()
-        ledger.add(delta)
+            ledger.start_anew(layers)
+        ledger.add(delta, layers)
         return model
 
     def remove_(self, model: nn.Module) -> nn.Module:
@@ -411,12 +412,13 @@ class BiasDelta(Mapping[str, torch.Tensor]):
                 "This delta was not applied to this model with `apply_` or `load_delta`, so its base is not known. "
                 "Load the base again."
             )
-        if ledger.is_gone():
+        layers = ledger.layers()
+        if ledger.is_gone(layers):
             raise DeltaMismatchError(
                 "This delta was applied to this model, but is not there any more: all of its biases were loaded or "
                 "changed since then, so there is nothing to take out. Load the base again if these biases are not it."
             )
-        ledger.remove(found)
+        ledger.remove(found, layers)
         return model
 
     def _to_apply(self) -> AppliedDelta:
@@ -511,15 +513,13 @@ class BiasDelta(Mapping[str, torch.Tensor]):
 
     def check_same_base(self, other: BiasDelta) -> None:
         """Raises [`BaseModelMismatchError`] where another delta was trained on another base, by their fingerprints."""
-        mine = (self.config.base_fingerprint or {}).get("tensors", {})
-        theirs = (other.config.base_fingerprint or {}).get("tensors", {})
-        shared = mine.keys() & theirs.keys()
-        differing = sorted(name for name in shared if mine[name] != theirs[name])
+        mine, theirs = self.config.base_fingerprint, other.config.base_fingerprint
+        found, comparable = differing(mine, theirs) if mine and theirs else ([], False)
         names = [d.config.base_model_name_or_path for d in (self, other)]
-        if differing or (not shared and names[0] != names[1]):
+        if found or (not comparable and names[0] != names[1]):
             raise BaseModelMismatchError(
                 f"These deltas belong to different bases ({names[0]} and {names[1]}), so they cannot be calculated "
-                f"with:{collect([f'{name} differs' for name in differing] or ['they share no tensor'])}"
+                f"with:{collect([f'{name} differs' for name in found] or ['they share no tensor'])}"
             )
 
 

@@ -1,109 +1,147 @@
-"""Where each tensor of a delta belongs, as text for `adapter_config.json`.
+"""Where each tensor of a delta belongs, in `adapter_config.json`.
 
 A file alone does not say what its tensors are in the paper's terms: that takes the architecture. So the configuration
 keeps the answer that was found at injection, one line for each tensor, and a delta can be inspected, drawn and
-compared without its base, by any later version.
+compared without its base, by any later version:
+
+```json
+"bert.encoder.layer.0.attention.self.query.bias": {"layer": 0, "shape": [768], "term": "query"}
+"transformer.h.0.attn.c_attn.bias": {"layer": 0, "shape": [2304], "terms": {"query": [[0, 768]]}}
+```
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from math import prod
+from typing import Any
 
 from ..errors import DeltaFormatError
 from ..terms import TERMS, Bias
+from .packed import unpack_place
 
-# Of at most nine digits each: numbers from a file are not to overflow anything.
-_PIECE = re.compile(
-    r"(?P<term>\w+) (?P<layer>\d{1,9}|-) (?P<stack>[\w.]+|-) "
-    r"(?P<shape>\d{1,9}(?:x\d{1,9})?\+?)(?: (?P<spans>[\d:,]+))?",
-    re.ASCII,
-)
+_LARGEST = 10**9  # numbers from a file are not to overflow anything
 
 
-def encode_layout(biases: Iterable[Bias]) -> dict[str, str]:
+def encode_layout(biases: Iterable[Bias]) -> dict[str, dict[str, Any]]:
     """Writes down what `biases` are.
 
     Args:
         biases (`Iterable[Bias]`): What is tuned.
 
     Returns:
-        `dict[str, str]`: For each tensor `"term layer stack shape"`, with the index ranges of its slices behind it
-        where it is fused (`;` between the terms), and a `+` behind the shape of a bias that the base does not have.
+        `dict[str, dict[str, Any]]`: For each tensor the `"shape"` of the bias; the `"layer"` and the `"stack"`, where
+            there are several, that it lies in; its `"term"`, or, where only a part of the vector is tuned or it holds
+            several terms, for each of the `"terms"` the index ranges; `"added": true` for a bias that the base does
+            not have; the names of the biases that are `"tied"` to it.
     """
-    pieces: dict[str, list[str]] = {}
+    groups: dict[str, list[Bias]] = {}
     for bias in biases:
-        shape = "x".join(map(str, bias.shape)) + ("" if bias.exists else "+")
-        text = f"{bias.term} {'-' if bias.layer is None else bias.layer} {bias.stack or '-'} {shape}"
-        if bias.num_parameters != _size(bias.shape):
-            text += " " + ",".join(f"{start}:{stop}" for start, stop in bias.spans)
-        pieces.setdefault(bias.name, []).append(text)
-    return {name: "; ".join(texts) for name, texts in pieces.items()}
+        groups.setdefault(bias.name, []).append(bias)
+    return {name: _encode(group) for name, group in groups.items()}
 
 
-def decode_layout(layout: Mapping[str, str]) -> list[Bias]:
-    """The inverse of [`encode_layout`].
+def _encode(group: list[Bias]) -> dict[str, Any]:
+    first = group[0]
+    place: dict[str, Any] = {"shape": list(first.shape)}
+    if first.layer is not None:
+        place["layer"] = first.layer
+    if first.stack:
+        place["stack"] = first.stack
+    if not first.exists:
+        place["added"] = True
+    if first.aliases:
+        place["tied"] = list(first.aliases)
+    if len(group) == 1 and first.num_parameters == prod(first.shape):
+        place["term"] = first.term
+    else:
+        place["terms"] = {bias.term: [list(span) for span in bias.spans] for bias in group}
+    return place
+
+
+def decode_layout(layout: Mapping[str, Any]) -> list[Bias]:
+    """The inverse of [`encode_layout`], which also reads the strings of development versions.
 
     Raises:
-        [`DeltaFormatError`]: A line is damaged.
+        [`DeltaFormatError`]: A place is damaged.
     """
-    biases = []
-    for name, text in layout.items():
-        module, _, parameter = name.rpartition(".")
-        group = []
-        for piece in text.split("; "):
-            match = _PIECE.fullmatch(piece)
-            if match is None or match["term"] not in TERMS or not parameter:
-                raise DeltaFormatError(
-                    f"adapter_config.json: `bias_layout` says {piece!r:.80} of {name!r}, which is no place of a bias; "
-                    "fetch the delta again."
-                )
-            shape = tuple(int(size) for size in match["shape"].rstrip("+").split("x"))
-            spans = ((0, _size(shape)),) if match["spans"] is None else _spans(match["spans"], _size(shape), name)
-            group.append(
-                Bias(
-                    module=module,
-                    parameter=parameter,
-                    term=match["term"],
-                    layer=None if match["layer"] == "-" else int(match["layer"]),
-                    stack="" if match["stack"] == "-" else match["stack"],
-                    shape=shape,
-                    spans=spans,
-                    exists=not match["shape"].endswith("+"),
-                )
-            )
-        _check_group(group)
-        biases += group
+    return [bias for name, place in layout.items() for bias in _decode(name, place)]
+
+
+def plain_layout(layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A `bias_layout` with the strings of development versions turned into today's plain values.
+
+    Raises:
+        [`DeltaFormatError`]: A place is damaged.
+    """
+    return {
+        name: encode_layout(_decode(name, place))[name] if isinstance(place, str) else place
+        for name, place in layout.items()
+    }
+
+
+def _decode(name: str, place: Any) -> list[Bias]:
+    module, _, parameter = name.rpartition(".")
+    try:
+        found = unpack_place(place) if isinstance(place, str) else place
+        shape, layer, stack = _shape(found["shape"]), found.get("layer"), found.get("stack", "")
+        added, aliases = found.get("added", False), tuple(found.get("tied", ()))
+        if "term" in found:
+            terms = {found["term"]: [[0, prod(shape)]]}
+        else:
+            terms = {**found["terms"]}
+        sound = (
+            parameter
+            and terms.keys() <= set(TERMS)
+            and terms
+            and (layer is None or _is_number(layer))
+            and isinstance(stack, str)
+            and isinstance(added, bool)
+            and all(isinstance(alias, str) for alias in aliases)
+        )
+        if not sound:
+            raise ValueError("not a bias of a term in a layer")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DeltaFormatError(
+            f"adapter_config.json: `bias_layout` says {place!r:.80} of {name!r}, which is no place of a bias; "
+            "fetch the delta again."
+        ) from error
+    biases = [
+        Bias(module, parameter, term, layer, stack, shape, _spans(name, spans, prod(shape)), not added, aliases)
+        for term, spans in terms.items()
+    ]
+    # JSON does not keep the order of the terms, and deltas are compared by it.
+    biases.sort(key=lambda bias: bias.spans)
+    ranges = sorted(span for bias in biases for span in bias.spans)
+    if any(start < stop for (_, stop), (start, _) in pairwise(ranges)):
+        raise DeltaFormatError(
+            f"adapter_config.json: `bias_layout` gives the same values of {name!r} to two terms; fetch the delta "
+            "again."
+        )
     return biases
 
 
-def _check_group(group: list[Bias]) -> None:
-    """Terms of one vector share its shape, and no value belongs to two of them."""
-    spans = sorted(span for bias in group for span in bias.spans)
-    overlap = any(stop > start for (_, stop), (start, _) in pairwise(spans))
-    if overlap or len({(bias.shape, bias.exists) for bias in group}) > 1:
-        raise DeltaFormatError(
-            f"adapter_config.json: `bias_layout` gives several terms of {group[0].name!r} the same values, or "
-            "different shapes; fetch the delta again."
-        )
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
 
 
-def _spans(text: str, size: int, name: str) -> tuple[tuple[int, int], ...]:
-    try:
-        spans = tuple((int(start), int(stop)) for start, stop in (part.split(":") for part in text.split(",")))
-    except ValueError:
-        spans = ()
-    if not spans or any(not 0 <= start < stop <= size for start, stop in spans):
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list) or not 1 <= len(sizes) <= 2 or not all(map(_is_number, sizes)):
+        raise ValueError(f"no shape of a bias: {sizes!r}")
+    return tuple(sizes)
+
+
+def _spans(name: str, spans: Any, size: int) -> tuple[tuple[int, int], ...]:
+    sound = (
+        isinstance(spans, list)
+        and spans
+        and all(isinstance(span, list) and len(span) == 2 and all(map(_is_number, span)) for span in spans)
+        and all(0 <= start < stop <= size for start, stop in spans)
+    )
+    if not sound:
         raise DeltaFormatError(
-            f"adapter_config.json: `bias_layout` names the ranges {text!r:.80} of {name!r}, which has {size} values; "
+            f"adapter_config.json: `bias_layout` names the ranges {spans!r:.80} of {name!r}, which has {size} values; "
             "fetch the delta again."
         )
-    return spans
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+    return tuple((start, stop) for start, stop in spans)

@@ -35,6 +35,7 @@ ADDED_ROWS, ADDED_BIAS = "added_rows", "added_bias"
 ADDED = {ADDED_ROWS: "weight", ADDED_BIAS: "bias"}
 PENDING_CONFIG_FILE = ".adapter_config.pending.json"
 
+_TABLES = ("bias_layout", "tensors")  # with one entry for each tensor
 _MAX_CONFIG_BYTES = 64 * 2**20
 _ATTEMPTS, _PAUSE = 8, 0.02  # seconds; a save takes a few milliseconds between its two files
 
@@ -174,8 +175,20 @@ def encode_tensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def encode_config(values: Mapping[str, Any]) -> bytes:
-    """The bytes of an `adapter_config.json`."""
-    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+    """The bytes of an `adapter_config.json`: indented JSON, in which a tensor takes one line of each table."""
+    return (_indented(json.loads(json.dumps(values))) + "\n").encode()
+
+
+def _indented(value: Any, *, name: str = "", indent: str = "") -> str:
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    inner = indent + "  "
+    items = []
+    for key in sorted(value, key=lambda key: (int(key) if key.isdecimal() else -1, key)):
+        item = value[key]
+        text = json.dumps(item, sort_keys=True) if name in _TABLES else _indented(item, name=key, indent=inner)
+        items.append(f"{inner}{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(items) + f"\n{indent}}}"
 
 
 def write_pair(folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:

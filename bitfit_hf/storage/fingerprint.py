@@ -10,10 +10,9 @@ not.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import math
-import struct
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy
 import torch
 from torch import nn
 
@@ -30,8 +30,9 @@ from ..errors import BaseModelMismatchError, ConfigError, DeltaFormatError, coll
 from ..terms import Bias
 from ..terms.base_bias import base_bias
 from ..terms.structure import stock_root, walk
+from .packed import unpack_print
 
-FORMAT = 1
+FORMAT = 2  # 1 had the values packed into strings, see `packed`
 SAMPLES = 8  # values kept of each tensor
 QUANTIZED = "quantized"
 # Of a quantised weight's largest sampled value. The coarsest format in use (4 bit, blocks of 64) stays below it.
@@ -41,6 +42,7 @@ OnMismatch = Literal["raise", "warn", "ignore"]
 _policy: ContextVar[OnMismatch] = ContextVar("bitfit_base_mismatch", default="raise")
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DIGEST = re.compile(r"[0-9a-f]{12}")
 _MANTISSA_BITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 
 
@@ -92,36 +94,34 @@ class TensorPrint:
         digests = {name: _digest(flat, precision) for name, precision in _PRECISIONS.items()} if whole else {}
         return cls(dtype or str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), digests, sample)
 
-    def encode(self) -> str:
-        """One line of JSON-friendly text."""
-        shape = "x".join(map(str, self.shape)) or "scalar"
-        digests = ",".join(self.digests.values()) or "-"
-        packed = base64.b64encode(struct.pack(f"<{len(self.sample)}f", *self.sample)).decode()
-        return f"{self.dtype} {shape} {digests} {packed or '-'}"
+    def encode(self) -> dict[str, Any]:
+        """As plain values: `dtype`, `shape`, `sample`, and for biases `sha256` by precision."""
+        values = {
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            # The fewest digits that give the same float32 back. JSON has no numbers that are not finite.
+            "sample": [float(str(numpy.float32(v))) if math.isfinite(v) else str(v) for v in self.sample],
+        }
+        return values | ({"sha256": dict(self.digests)} if self.digests else {})
 
     @classmethod
-    def decode(cls, text: str) -> TensorPrint:
+    def decode(cls, values: Mapping[str, Any]) -> TensorPrint:
         """The inverse of [`~TensorPrint.encode`].
 
         Raises:
-            `ValueError`: `text` is no fingerprint.
+            `ValueError`, `TypeError`, `KeyError`: `values` are no fingerprint.
         """
-        dtype, shape, digests, packed = text.split(" ")
+        dtype, shape, digests = values["dtype"], tuple(values["shape"]), dict(values.get("sha256", {}))
         if dtype != QUANTIZED and dtype not in _MANTISSA_BITS:
-            raise ValueError(f"unknown dtype {dtype!r}")
-        sizes = [] if shape == "scalar" else shape.split("x")
-        if not all(size.isascii() and size.isdigit() for size in sizes):
-            raise ValueError(f"no shape: {shape!r}")
-        raw = b"" if packed == "-" else base64.b64decode(packed, validate=True)
-        sample = struct.unpack(f"<{len(raw) // 4}f", raw)
-        if len(sample) != min(SAMPLES, math.prod(map(int, sizes))):
-            raise ValueError(f"{len(sample)} sampled values of a tensor of shape {shape}")
-        return cls(
-            dtype,
-            tuple(map(int, sizes)),
-            {} if digests == "-" else dict(zip(_PRECISIONS, digests.split(","), strict=True)),
-            sample,
-        )
+            raise ValueError(f"unknown dtype {dtype!r:.40}")
+        if not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape):
+            raise ValueError(f"no shape: {shape!r:.40}")
+        if digests and (digests.keys() != _PRECISIONS.keys() or not all(map(_DIGEST.fullmatch, digests.values()))):
+            raise ValueError(f"no digests: {digests!r:.60}")
+        sample = tuple(torch.tensor([float(value) for value in values["sample"]], dtype=torch.float32).tolist())
+        if len(sample) != min(SAMPLES, math.prod(shape)):
+            raise ValueError(f"{len(sample)} sampled values of a tensor of shape {list(shape)}")
+        return cls(dtype, shape, digests, sample)
 
     def difference(self, other: TensorPrint) -> str | None:
         """How `other`, the tensor at hand, differs from this one, or `None` where it is the same."""
@@ -167,7 +167,7 @@ def fingerprint(
         `dict`, ready for JSON, or `None` where the values are not at hand (meta device, sharded parameters).
     """
     modules = dict(walk(stock_root(model)))
-    prints: dict[str, str] = {}
+    prints: dict[str, dict[str, Any]] = {}
     for bias in biases:
         module = modules[bias.module]
         for name, tensor, whole, dtype in _tensors(module, bias.parameter):
@@ -206,29 +206,51 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if quantized else tensor
 
 
-def decode(expected: dict[str, Any]) -> dict[str, TensorPrint]:
-    """Reads the `base_fingerprint` of a configuration.
+def decode(expected: Mapping[str, Any]) -> dict[str, TensorPrint]:
+    """Reads the `base_fingerprint` of a configuration, of this version's format or an earlier one.
 
     Raises:
         [`DeltaFormatError`]: It is damaged, or of a later format.
     """
-    if expected.get("format") != FORMAT:
+    if expected.get("format") not in (1, FORMAT) or isinstance(expected["format"], bool):
         raise DeltaFormatError(
-            f"adapter_config.json: `base_fingerprint` has format {expected.get('format')!r}, this version of "
+            f"adapter_config.json: `base_fingerprint` has format {expected.get('format')!r:.40}, this version of "
             f"bitfit_hf reads {FORMAT}. Upgrade bitfit_hf, or fetch the delta again."
         )
     tensors = expected.get("tensors")
     if not isinstance(tensors, dict):
         raise DeltaFormatError("adapter_config.json: `base_fingerprint` has no `tensors`; fetch the delta again.")
     prints = {}
-    for name, text in tensors.items():
+    for name, values in tensors.items():
         try:
-            prints[name] = TensorPrint.decode(text)
-        except (ValueError, AttributeError, struct.error) as error:
+            prints[name] = TensorPrint.decode(unpack_print(values) if expected["format"] == 1 else values)
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise DeltaFormatError(
                 f"adapter_config.json: the fingerprint of {name!r} is damaged ({error}); fetch the delta again."
             ) from error
     return prints
+
+
+def plain_fingerprint(expected: dict[str, Any]) -> dict[str, Any]:
+    """A `base_fingerprint` in this version's format, where it is of an earlier one.
+
+    Raises:
+        [`DeltaFormatError`]: It is damaged.
+    """
+    if expected.get("format") != 1:
+        return expected  # what is wrong with a later one is said where it is used
+    return {"format": FORMAT, "tensors": {name: found.encode() for name, found in decode(expected).items()}}
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], bool]:
+    """Compares two fingerprints, whatever dtypes the base was loaded in.
+
+    Returns:
+        `tuple[list[str], bool]`: The tensors in both that differ, and whether there are any in both.
+    """
+    mine, theirs = decode(one), decode(other)
+    shared = [name for name in mine if name in theirs]
+    return [name for name in shared if mine[name].difference(theirs[name]) is not None], bool(shared)
 
 
 def differences(model: nn.Module, expected: dict[str, Any], base_rows: Mapping[str, int] | None = None) -> list[str]:

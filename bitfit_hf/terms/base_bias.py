@@ -10,14 +10,13 @@ the base. What is written, kept and compared here are the first ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 
 import torch
 from torch import nn
 
 from ..backends.sharded import is_sharded
-from .structure import stock_root, walk
 
 # In a layer's `__dict__`: for each parameter `b_0` and what was written over it. A plain dict of tensors, so that a
 # model that is pickled whole can be read without this library.
@@ -123,9 +122,9 @@ def forget(layer: nn.Module, parameter: str) -> None:
         layer.__dict__.pop(_KEPT, None)
 
 
-def overwritten(model: nn.Module) -> Iterator[str]:
-    """Names of the biases of a model that are not the base's own, since something was written over them."""
-    for path, layer in walk(stock_root(model)):
+def overwritten(layers: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names of the biases in a model's `layers` that are not the base's own, since something was written over them."""
+    for path, layer in layers.items():
         for parameter in _kept(layer):
             if found(layer, parameter) is Found.WRITTEN and tells(layer, parameter):
                 yield f"{path}.{parameter}" if path else parameter

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import DeltaMismatchError, collect
 from ..terms import Bias, part_of
 from ..terms.base_bias import base_bias
-from ..terms.structure import shape_of, stock_root, walk
+from ..terms.structure import shape_of, stock_root
 from ..terms.survey import survey_model
 from .head import BitFitHead, Labels, output_size
 from .state import head_leaves
@@ -43,9 +43,10 @@ def find_places(
     Raises:
         [`DeltaMismatchError`]: Some have no place in the model; all of them are named.
     """
-    layers = dict(walk(stock_root(model)))
+    survey = survey_model(model)
+    layers = survey.modules
     live: dict[str, Bias] = {}
-    for found in survey_model(model).found:
+    for found in survey.found:
         live.setdefault(found.bias.name, found.bias)
     order = {name: number for number, name in enumerate(live)}
     places, problems = [], []
@@ -112,9 +113,11 @@ def find_labels(
     names = id2label or (
         own.id2label if number == own.num_labels else {index: f"LABEL_{index}" for index in range(number)}
     )
-    # Another adapter's first batch may have settled the problem type that the model has at present.
-    stock = next((found for _, leaf in head_leaves(root) if (found := leaf.labels_of(None)) is not None), own)
-    labels = Labels(number, dict(names), problem_type or stock.problem_type)
+    if problem_type is None:
+        # Another adapter's first batch may have settled the problem type that the model has at present.
+        stock = next((found for _, leaf in head_leaves(root) if (found := leaf.labels_of(None)) is not None), own)
+        problem_type = stock.problem_type
+    labels = Labels(number, dict(names), problem_type)
     modules = dict(root.named_modules())
     sizes = {path: _sizes(modules[path]) for path in head if path in modules}
     logits = next((path for path in reversed(sizes) if own.num_labels in sizes[path]), None)

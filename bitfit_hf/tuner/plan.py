@@ -277,7 +277,7 @@ def _check_head(model: nn.Module, config: BitFitConfig) -> None:
 
 def _check_not_applied(model: nn.Module) -> None:
     """An adapter on top of an applied delta would be one for a base that exists nowhere else."""
-    if not is_bitfit(model) and next(overwritten(model), None) is not None:
+    if not is_bitfit(model) and next(overwritten(dict(walk(stock_root(model)))), None) is not None:
         raise UnsupportedLayerError(
             f"A delta is written into the biases of this {type(model).__name__} (`load_delta`, `apply_`), so an "
             "adapter that is trained on it would fit no checkpoint. Take the delta out (`delta.remove_(model)`) or "

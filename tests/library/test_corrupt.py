@@ -357,6 +357,21 @@ BROKEN: dict[str, tuple[Breaking, type[BitFitError], str]] = {
         DeltaFormatError,
         r"has shape \[32\] instead of \[999999998\]",
     ),
+    "layout: a shape of text": (
+        edit_in("bias_layout", lambda layout: layout[BIAS].update(shape=["32"])),
+        DeltaFormatError,
+        "no place of a bias",
+    ),
+    "layout: a tensor of one value and three dimensions": (
+        edit_in("bias_layout", lambda layout: layout[BIAS].update(shape=[32, 1, 1])),
+        DeltaFormatError,
+        "no place of a bias",
+    ),
+    "layout: a layer that is a word": (
+        edit_in("bias_layout", lambda layout: layout[BIAS].update(layer="first")),
+        DeltaFormatError,
+        "no place of a bias",
+    ),
     "layout: one too many": (
         edit_in("bias_layout", lambda layout: layout.update({"bert.other.bias": "query 0 - 32"})),
         DeltaFormatError,
@@ -392,6 +407,11 @@ BROKEN: dict[str, tuple[Breaking, type[BitFitError], str]] = {
     "fingerprint: of a later version": (edit(base_fingerprint={"format": 99}), DeltaFormatError, "Upgrade bitfit_hf"),
     "fingerprint: without tensors": (edit(base_fingerprint={"format": 1}), DeltaFormatError, "has no `tensors`"),
     "fingerprint: of no text": (set_print(BIAS, 5), DeltaFormatError, "fingerprint of"),
+    "fingerprint: without a sample": (
+        edit_in("base_fingerprint", lambda prints: prints["tensors"][BIAS].pop("sample")),
+        DeltaFormatError,
+        "fingerprint of",
+    ),
     "fingerprint: damaged": (set_print(BIAS, "float32 x"), DeltaFormatError, "fingerprint of"),
     "fingerprint: a sample that is cut": (set_print(BIAS, "float32 32 - AAA="), DeltaFormatError, "fingerprint of"),
     "fingerprint: of another base": (
@@ -597,6 +617,7 @@ def test_a_gated_repository(hub, hub_env, base, delta, tmp_path):
 
 # --- fuzz ---
 
+OLD = Path(__file__).parent / "regression" / "0.1.0.dev0"
 FUZZ = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -636,12 +657,33 @@ def test_fuzz_the_values_inside_a_field(data, delta, base, tmp_path_factory):
     folder = copy_of(delta, tmp_path_factory)
     config = json.loads((folder / CONFIG).read_text())
     target = data.draw(st.sampled_from([config["bias_layout"], config["base_fingerprint"]["tensors"]]))
+    values = target[data.draw(st.sampled_from(sorted(target)))]
+    field = data.draw(st.sampled_from(sorted(values)))
+    if isinstance(values[field], (list, dict)) and data.draw(st.booleans()):
+        values = values[field]
+        field = data.draw(st.sampled_from(sorted(values) if isinstance(values, dict) else range(len(values))))
+    values[field] = data.draw(JSON)
+    (folder / CONFIG).write_text(json.dumps(config))
+    loads_or_is_refused(folder, base, state(base))
+
+
+@pytest.fixture(scope="module")
+def old_base() -> PreTrainedModel:
+    return load_base(str(OLD / "base")).eval()
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_the_strings_of_development_versions(data, old_base, tmp_path_factory):
+    folder = copy_of(OLD / "delta", tmp_path_factory)
+    config = json.loads((folder / CONFIG).read_text())
+    target = data.draw(st.sampled_from([config["bias_layout"], config["base_fingerprint"]["tensors"]]))
     key = data.draw(st.sampled_from(sorted(target)))
     text = target[key]
     place, length = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 4))
     target[key] = text[:place] + data.draw(st.text(max_size=6)) + text[place + length :]
     (folder / CONFIG).write_text(json.dumps(config))
-    loads_or_is_refused(folder, base, state(base))
+    loads_or_is_refused(folder, old_base, state(old_base))
 
 
 @FUZZ

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,21 @@ from architectures import ARCHITECTURES, build, randomize_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import BertForSequenceClassification, BertModel
 from tuner_tester import fill_, state, tune
 
 from bitfit_hf import BitFitConfig, base_mismatch
 from bitfit_hf.errors import BaseModelMismatchError, ConfigError, DeltaFormatError
-from bitfit_hf.storage.fingerprint import QUANTIZED, TensorPrint, check_base, decode, differences, fingerprint
+from bitfit_hf.storage.fingerprint import (
+    QUANTIZED,
+    TensorPrint,
+    check_base,
+    decode,
+    differences,
+    differing,
+    fingerprint,
+    plain_fingerprint,
+)
 from bitfit_hf.terms import find_biases, select_biases
 
 
@@ -193,6 +206,17 @@ def test_offloaded_values_are_compared(bert):
     assert len(differences(other, expected)) == len(expected["tensors"])
 
 
+@pytest.mark.parametrize("there", DTYPES, ids=str)
+def test_two_fingerprints_of_one_checkpoint_agree(there, bert):
+    expected, other = taken(bert), taken(copy_to(bert, there))
+    assert differing(expected, other) == ([], True)
+    changed = copy_to(bert, there)
+    with torch.no_grad():
+        changed.bert.pooler.dense.bias[0] += 1
+    assert differing(expected, taken(changed)) == (["bert.pooler.dense.bias"], True)
+    assert differing(taken(bert, bias_terms="query"), taken(bert, bias_terms="key")) == ([], False)
+
+
 # What is done about it -----------------------------------------------------------------------------------------------
 
 
@@ -229,7 +253,7 @@ def test_policies(other):
         check_base(model, expected, delta_base=None)
 
 
-@pytest.mark.parametrize("missing", [None, {"format": 1, "tensors": {}}], ids=["null", "of no tensor"])
+@pytest.mark.parametrize("missing", [None, {"format": 2, "tensors": {}}], ids=["null", "of no tensor"])
 def test_a_check_that_cannot_be_made_is_a_warning(missing, bert):
     for policy in (None, "raise", "warn"):
         with pytest.warns(UserWarning, match=r"no `base_fingerprint`.*user/base.*not checked") as caught:
@@ -295,7 +319,8 @@ def test_a_print_survives_being_text(values, dtype, whole):
 DAMAGED = [
     {},
     {"format": 1},
-    {"format": 2, "tensors": {}},
+    {"format": 3, "tensors": {}},
+    {"format": True, "tensors": {}},
     {"format": "1", "tensors": {}},
     {"format": 1, "tensors": []},
     {"format": 1, "tensors": {"a": 3}},
@@ -321,6 +346,54 @@ def test_a_damaged_fingerprint_is_an_error(damaged, bert):
         check_base(bert, damaged, delta_base=None)
 
 
+GOOD = {"dtype": "float32", "shape": [2], "sample": [0.5, -1.0]}
+DIGESTS = dict.fromkeys(("float32", "bfloat16", "float16"), "0123456789ab")
+WRONG: list[Any] = [
+    3,
+    None,
+    [],
+    {},
+    "float32 2 - AAAAAAAAAAA=",
+    *({key: value for key, value in GOOD.items() if key != missing} for missing in GOOD),
+    *(GOOD | {"dtype": value} for value in ("int3", 3, None, ["float32"])),
+    *(GOOD | {"shape": value} for value in ([-2], ["2"], [2.0], [True], 2, None, [3], [2, 2])),
+    *(GOOD | {"sample": value} for value in ([0.5], [0.5, 1, 2], ["x", 1], [None, 1], [[1], 1], 3, [10**400, 1])),
+    *(
+        GOOD | {"sha256": value}
+        for value in ("0123456789ab", [1], {"float32": "0123456789ab"}, {**DIGESTS, "int8": ""})
+    ),
+    *(GOOD | {"sha256": DIGESTS | {"float32": value}} for value in (3, None, "", "0123456789AB", "0123456789abc")),
+]
+
+
+def test_plain_values_are_read():
+    for values in (GOOD, GOOD | {"sha256": DIGESTS}, GOOD | {"sample": ["nan", "-inf"]}, GOOD | {"of_the_future": 1}):
+        assert decode({"format": 2, "tensors": {"a": values}})["a"].shape == (2,)
+
+
+@pytest.mark.parametrize("values", WRONG, ids=str)
+def test_damaged_plain_values_are_an_error(values, bert):
+    damaged = {"format": 2, "tensors": {"bert.pooler.dense.bias": values}}
+    with pytest.raises(DeltaFormatError, match=r"the fingerprint of 'bert.pooler.dense.bias' is damaged"):
+        check_base(bert, damaged, delta_base=None)
+
+
+def test_the_packed_format_of_development_versions_says_the_same(bert):
+    folder = Path(__file__).parent / "regression" / "0.1.0.dev0"
+    old = json.loads((folder / "delta" / "adapter_config.json").read_text())["base_fingerprint"]
+    assert old["format"] == 1
+    assert all(isinstance(text, str) for text in old["tensors"].values())
+    plain = plain_fingerprint(old)
+    assert plain["format"] == 2
+    assert decode(plain) == decode(old)
+    assert plain_fingerprint(plain) == plain
+    base = BertModel.from_pretrained(folder / "base")
+    model = BertForSequenceClassification(base.config)
+    model.bert = base
+    assert plain == taken(model)
+    assert BitFitConfig(base_fingerprint=old).base_fingerprint == plain
+
+
 @given(st.text(max_size=60) | st.from_regex(r"(float32|quantized) [0-9x]{1,9} [0-9a-f,-]{1,40} [A-Za-z0-9+/=-]{1,30}"))
 @settings(max_examples=150, deadline=None)
 def test_any_text_is_a_print_or_our_error(text):
@@ -336,7 +409,22 @@ def test_a_fingerprint_is_small():
     model = build("bert-sequence")
     size = len(json.dumps(taken(model)))
     biases = len(find_biases(model))
-    assert size < 300 * biases
+    assert size < 500 * biases  # a bias and a weight, about 50 bytes each of which are the name
+
+
+def test_a_fingerprint_is_plain_json(bert):
+    """Numbers and hexadecimal digests, to be read without this library."""
+    expected = taken(bert)
+    bias = bert.bert.pooler.dense.bias
+    found = expected["tensors"]["bert.pooler.dense.bias"]
+    assert found.keys() == {"dtype", "shape", "sample", "sha256"}
+    assert (found["dtype"], found["shape"]) == ("float32", [32])
+    places = [i * 31 // 7 for i in range(8)]
+    assert torch.equal(torch.tensor(found["sample"], dtype=torch.float32), bias[places])
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        data = bias.detach().to(dtype).view(torch.uint8).numpy().tobytes()
+        assert found["sha256"][name] == hashlib.sha256(data).hexdigest()[:12]
+    assert expected["tensors"]["bert.pooler.dense.weight"].keys() == {"dtype", "shape", "sample"}
 
 
 def test_the_configuration_keeps_the_fingerprint_of_a_new_adapter():

@@ -28,7 +28,12 @@ from bitfit_hf.storage.files import digest
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 QUERY = "bert.encoder.layer.0.attention.self.query.bias"
+WHOLE = {"term": "query", "layer": 0, "shape": [32]}
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+
+
+def halves(**ranges: list[int]) -> dict[str, Any]:
+    return {"layer": 0, "shape": [32], "terms": {term: [span] for term, span in ranges.items()}}
 
 
 def key(name: str) -> str:
@@ -89,9 +94,9 @@ TAKEN: dict[str, Change] = {
     "an exclusion of nothing": values(exclude_modules=["nowhere"]),
     "both layers": place("", None, drop="bert.embeddings.LayerNorm.bias"),
     "biases may be added": values(add_missing_biases=True),
-    "another term": place(QUERY, "key 0 - 32"),
-    "half a vector": shortened("query 0 - 32 0:16", 16),
-    "a vector in two halves": place(QUERY, "query 0 - 32 0:16; key 0 - 32 16:32"),
+    "another term": place(QUERY, WHOLE | {"term": "key"}),
+    "half a vector": shortened(halves(query=[0, 16]), 16),
+    "a vector in two halves": place(QUERY, halves(query=[0, 16], key=[16, 32])),
     "a bias less": place("", None, drop=QUERY),
     "no head": head(None, modules_to_save=None, num_labels=None, id2label=None),
     "another problem type": values(problem_type="multi_label_classification"),
@@ -111,12 +116,12 @@ REFUSED: dict[str, Change] = {
     "one layer of two": values(layers_to_transform=0),
     "layers without what lies outside": values(layers_to_transform=[0, 1]),
     "a layer that does not exist": values(layers_to_transform=[99]),
-    "an added bias that exists": place(QUERY, "query 0 - 32+"),
-    "two terms of the same values": place(QUERY, "query 0 - 32 0:16; key 0 - 32 8:24"),
-    "two shapes of one vector": place(QUERY, "query 0 - 32 0:16; key 0 - 64 16:32"),
-    "a weight of a norm": place("bert.embeddings.LayerNorm.weight", "embedding_layernorm - - 32"),
-    "a bias of the head": place("classifier.bias", "other - - 4"),
-    "a layer that is not there": place(QUERY.replace("0", "7"), "query 7 - 32", drop=QUERY),
+    "an added bias that exists": place(QUERY, WHOLE | {"added": True}),
+    "two terms of the same values": place(QUERY, halves(query=[0, 16], key=[8, 24])),
+    "two shapes of one vector": place(QUERY, "query 0 - 32 0:16; key 0 - 64 16:32"),  # of development versions
+    "a weight of a norm": place("bert.embeddings.LayerNorm.weight", {"term": "embedding_layernorm", "shape": [32]}),
+    "a bias of the head": place("classifier.bias", {"term": "other", "shape": [32]}),
+    "a layer that is not there": place(QUERY.replace("0", "7"), WHOLE | {"layer": 7}, drop=QUERY),
     "no layout": values(bias_layout=None),
     "an empty layout": values(bias_layout={}),
     "a head of three for four labels": head(3),
