@@ -16,8 +16,9 @@ from peft import PeftConfig, TaskType
 
 from .errors import BitFitError, ConfigError, DeltaFormatError, DeltaMismatchError, collect
 from .storage.bias_layout import decode_layout, plain_layout
-from .storage.files import CONFIG_FILE, digest, encode_config, is_added, write_bytes
+from .storage.files import CONFIG_FILE, digest, encode_config, write_bytes
 from .storage.fingerprint import plain_fingerprint
+from .storage.keys import is_added
 from .terms import Bias, SavedNames, resolve_terms
 from .terms.selection import ALL_LINEAR, fits
 from .terms.tasks import BY_PEFT_NAME

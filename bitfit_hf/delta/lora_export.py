@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import BitFitConfig
 from ..errors import StockExportError, collect
-from ..storage.files import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, encode_config, encode_tensors, write_bytes
+from ..storage.files import CONFIG_FILE, WEIGHTS_FILE, encode_config, encode_tensors, write_bytes
 from ..storage.fingerprint import check_base
+from ..storage.keys import in_file
 from ..terms import find_biases
 from ..terms.base_bias import add_deltas
 from ..terms.structure import stock_root, walk
@@ -267,13 +268,13 @@ def _tensors(root: nn.Module, delta: BiasDelta, carrier: str) -> dict[str, torch
         value = add_deltas(base.detach().cpu(), [(change, span_index(delta.biases[name]))], dtype=dtype)
         # Loading may put new parameters into the model, which are no longer tied to each other.
         for place in (name, *aliases.get(name, ())):
-            tensors[KEY_PREFIX + _inside(place, carrier)] = value
+            tensors[in_file(_inside(place, carrier))] = value
     inputs, outputs = _extents(modules[carrier])
-    tensors[f"{KEY_PREFIX}{carrier}.lora_A.weight"] = torch.zeros(1, inputs)
-    tensors[f"{KEY_PREFIX}{carrier}.lora_B.weight"] = torch.zeros(outputs, 1)
+    tensors[in_file(f"{carrier}.lora_A.weight")] = torch.zeros(1, inputs)
+    tensors[in_file(f"{carrier}.lora_B.weight")] = torch.zeros(outputs, 1)
     for name, rows in delta.added.items():
-        tensors[f"{KEY_PREFIX}{name.rpartition('.')[0]}.token_adapter.trainable_tokens_delta"] = rows
-    return tensors | {KEY_PREFIX + name: tensor for name, tensor in delta.head.items()}
+        tensors[in_file(f"{name.rpartition('.')[0]}.token_adapter.trainable_tokens_delta")] = rows
+    return tensors | {in_file(name): tensor for name, tensor in delta.head.items()}
 
 
 def _inside(name: str, carrier: str) -> str:

@@ -25,15 +25,16 @@ from ..errors import (
 from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.fetch import fetch_delta
-from ..storage.files import KEY_PREFIX, check_values, digest, is_added, read_pair, write_pair
+from ..storage.files import check_values, digest, read_pair, write_pair
 from ..storage.fingerprint import OnMismatch, check_base, differing, fingerprint
+from ..storage.keys import bias_of_key, from_file, in_file, is_added, key_of_bias
 from ..terms import Bias, SavedNames, find_biases, head_modules, part_of, part_tensors
 from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
 from ..terms.token_tensors import check_rows, vocabulary_size
 from ..tuner.added_tokens import AddedTokens, fit_added_tokens, placed_tokens
 from ..tuner.head import Labels
-from ..tuner.layer import PREFIX, span_index
+from ..tuner.layer import span_index
 from ..tuner.plan import num_base_parameters
 from ..tuner.state import delta_parameters, head_tensors, is_bitfit, read_labels
 from ..tuner.token_rows import added_shapes, parameter_of
@@ -158,14 +159,15 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         config = BitFitConfig.from_values(values, where=where)
         config.check_layout_known(where=where)
         deltas, head, added = {}, {}, {}
-        for key, tensor in tensors.items():
-            module, _, last = key.removeprefix(KEY_PREFIX).rpartition(".")
-            if last.startswith(PREFIX):
-                deltas[f"{module}.{last.removeprefix(PREFIX)}"] = tensor
-            elif config.added_tokens and is_added(last):
-                added[key.removeprefix(KEY_PREFIX)] = tensor
+        for name, tensor in tensors.items():
+            key = from_file(name)
+            bias = bias_of_key(key)
+            if bias is not None:
+                deltas[bias] = tensor
+            elif config.added_tokens and is_added(key):
+                added[key] = tensor
             else:
-                head[key.removeprefix(KEY_PREFIX)] = tensor
+                head[key] = tensor
         return cls(deltas, config=config, head=head, added=added, where=where)
 
     @classmethod
@@ -194,8 +196,9 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         read_labels(tuned, adapter_name, config)
         deltas = {}
         for key, parameter in delta_parameters(tuned, adapter_name).items():
-            module, _, last = key.rpartition(".")
-            deltas[f"{module}.{last.removeprefix(PREFIX)}"] = _copy(gathered(parameter))
+            bias = bias_of_key(key)
+            assert bias is not None
+            deltas[bias] = _copy(gathered(parameter))
         head = {name: _copy(gathered(tensor)) for name, tensor in head_tensors(tuned, adapter_name).items()}
         added = {name: head.pop(name) for name in list(head) if config.added_tokens and is_added(name)}
         return cls(deltas, config=copy.deepcopy(config), head=head, added=added, where=f"adapter {adapter_name!r}")
@@ -300,9 +303,8 @@ class BiasDelta(Mapping[str, torch.Tensor]):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Delta, head and rows of added tokens by their key in `adapter_model.safetensors`."""
-        keys = {name: f"{name.rpartition('.')[0]}.{PREFIX}{name.rpartition('.')[2]}" for name in self._tensors}
-        deltas = {KEY_PREFIX + keys[name]: tensor for name, tensor in self._tensors.items()}
-        return deltas | {KEY_PREFIX + name: tensor for name, tensor in (self.head | self.added).items()}
+        deltas = {in_file(key_of_bias(name)): tensor for name, tensor in self._tensors.items()}
+        return deltas | {in_file(name): tensor for name, tensor in (self.head | self.added).items()}
 
     def place_tokens(self, model: nn.Module) -> AddedTokens | None:
         """Where the added tokens belong in a model on the delta's base; `None` where there are none.

@@ -23,26 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from ..errors import DeltaFormatError, DeltaIOError, DeltaNotFoundError, collect
+from .keys import from_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PICTURE_FILE = "bias_change.png"
 STOCK_FOLDER = "stock"
-KEY_PREFIX = "base_model.model."  # PEFT's, in front of every tensor's stock name
-# What a key ends in that holds rows or entries of added tokens, and the parameter that they belong to.
-ADDED_ROWS, ADDED_BIAS = "added_rows", "added_bias"
-ADDED = {ADDED_ROWS: "weight", ADDED_BIAS: "bias"}
 PENDING_CONFIG_FILE = ".adapter_config.pending.json"
 
 _TABLES = ("bias_layout", "tensors")  # with one entry for each tensor
 _MAX_CONFIG_BYTES = 64 * 2**20
 _ATTEMPTS, _PAUSE = 8, 0.02  # seconds; a save takes a few milliseconds between its two files
-
-
-def is_added(key: str) -> bool:
-    """Whether a tensor of a delta, by its key, holds rows or entries of added tokens."""
-    return key.rpartition(".")[2] in ADDED
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -55,7 +47,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         `str`: `"sha256:"` and 64 hexadecimal digits.
     """
     total = hashlib.sha256()
-    for name, tensor in sorted((key.removeprefix(KEY_PREFIX), value) for key, value in tensors.items()):
+    for name, tensor in sorted((from_file(key), value) for key, value in tensors.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         values = tensor.detach().cpu().contiguous()
         total.update(values.view(torch.uint8).numpy().tobytes() if values.dim() else values.numpy().tobytes())

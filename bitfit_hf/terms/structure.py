@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 # Attributes under which a wrapper keeps the module it stands in for: torch.compile, FSDP, activation checkpointing.
-_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # A module under this name and that of a parameter beside it holds the adapters' copies of that parameter.
 HOLDER = "bitfit_head_"
@@ -49,7 +49,7 @@ def stock_module(module: nn.Module) -> nn.Module:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             inner = children["original_module"]
         else:
-            inner = next((children[name] for name in _TRANSPARENT if children.get(name) is not None), None)
+            inner = next((children[name] for name in TRANSPARENT if children.get(name) is not None), None)
         if inner is None:
             return module
         module = inner
@@ -98,7 +98,7 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _stands_for_saved(module: nn.Module) -> bool:
     while not isinstance(module, ModulesToSaveWrapper):
-        inner = next((module._modules[name] for name in _TRANSPARENT if module._modules.get(name) is not None), None)
+        inner = next((module._modules[name] for name in TRANSPARENT if module._modules.get(name) is not None), None)
         if inner is None:
             return False
         module = inner

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, TrainerCallback
 from ..config import BitFitConfig
 from ..errors import TrainerSetupError
 from ..recompute import recompute_activations
+from ..storage.keys import is_adapters
 from ..terms import SYMBOLS, TERMS
 from ..terms.structure import stock_root
 from ..terms.token_tensors import check_rows
 from ..training_run import TrainingRun, evaluation_metrics, training_run
 from ..tuner.state import is_bitfit
 from .access import around, trainer_being_made
-from .checkpoints import accept_checkpoints, check_resumable, is_ours, saved_as_own, write_checkpoint
+from .checkpoints import accept_checkpoints, check_resumable, saved_as_own, write_checkpoint
 from .checks import (
     adapter_configs,
     check_active,
@@ -314,7 +315,7 @@ class BitFitCallback(TrainerCallback):
         config = adapter_configs(model)[self.adapter_name]
         biases = sum(parameter.numel() for parameter in trainable_deltas(model).values())
         head = sum(parameter.numel() for group in trainable_head(model) for parameter in group.values())
-        total = sum(p.numel() for name, p in stock_root(model).named_parameters() if not is_ours(name))
+        total = sum(p.numel() for name, p in stock_root(model).named_parameters() if not is_adapters(name))
         terms = "all bias terms" if config.bias_terms == "all" else ", ".join(_symbols(config.bias_terms))
         if state.is_world_process_zero:
             logger.info(

@@ -30,20 +30,14 @@ from ..errors import (
 )
 from ..storage.files import CONFIG_FILE, encode_tensors, read_config, write_bytes
 from ..storage.fingerprint import check_base
+from ..storage.keys import is_adapters
 from ..tuner.added_tokens import base_rows_of
-from ..tuner.layer import PREFIX
 from ..tuner.state import delta_parameters, head_tensors, tuned_layers
 from .checks import adapter_configs
 
 RESUME_FILE = "model.safetensors"
 
 _accepting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def is_ours(name: str) -> bool:
-    """Whether a live name is that of a delta or of a head's copy, of whichever adapter."""
-    parts = name.split(".")
-    return "modules_to_save" in parts or any(part.startswith(PREFIX) for part in parts)
 
 
 def live_names(model: nn.Module, adapter_name: str) -> list[str]:
@@ -169,9 +163,9 @@ def accept_checkpoints(model: nn.Module) -> None:
 def _without_frozen_base(model: nn.Module, incompatible: Any) -> None:
     missing = set(incompatible.missing_keys)
     names = list(model.state_dict(keep_vars=True))
-    loaded = [name for name in names if is_ours(name) and name not in missing]
-    ours = loaded or any(map(is_ours, incompatible.unexpected_keys))
-    if not ours or not missing.issuperset(name for name in names if not is_ours(name)):
+    loaded = [name for name in names if is_adapters(name) and name not in missing]
+    ours = loaded or any(map(is_adapters, incompatible.unexpected_keys))
+    if not ours or not missing.issuperset(name for name in names if not is_adapters(name)):
         return
     active = {name for _, layer in tuned_layers(model) for name in layer.active_adapters}
     lost = [name for adapter in sorted(active) for name in live_names(model, adapter) if name in missing]
@@ -180,7 +174,7 @@ def _without_frozen_base(model: nn.Module, incompatible: Any) -> None:
 
 
 def _without_strangers(model: nn.Module, incompatible: Any) -> None:
-    _raise_for([], filter(is_ours, incompatible.unexpected_keys))
+    _raise_for([], filter(is_adapters, incompatible.unexpected_keys))
 
 
 def _raise_for(lost: Iterable[str], strange: Iterable[str]) -> None:

@@ -7,11 +7,10 @@ from torch import nn
 
 from ..backends.sharded import gathered, is_sharded, lent
 from ..errors import UnsupportedLayerError
+from ..storage.keys import VALUE
 from ..terms.structure import HOLDER
 from .head import BitFitHead
 from .reading import install, stock_class, uninstall
-
-VALUE = "bitfit_value"  # the only parameter of a copy; it is no part of the stock name
 
 
 class HeadParameter(BitFitHead):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..backends.sharded import is_sharded, lent
 from ..errors import MergeError, UnsupportedLayerError
+from ..storage.keys import PREFIX
 from ..terms import Bias
 from ..terms.base_bias import add_deltas, base_bias, forget, kept_bias, put_back, write_over
 from .mixed import BASE, MixedBatch, pick_rows
@@ -22,8 +23,6 @@ from .reading import install, stock_class, uninstall
 
 if TYPE_CHECKING:
     from .head import BitFitHead
-
-PREFIX = "bitfit_"
 
 # Layers that add their bias along the second dimension of their output; most add it along the last.
 _CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from ..backends.quantized import keep_trainable
 from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, MixedBatchError
-from ..storage.files import KEY_PREFIX
+from ..storage.keys import FILE_PREFIX, PREFIX, from_file, in_file, stock_path
 from ..terms import Bias
 from ..terms.structure import HOLDER, stock_module
 from ..terms.token_tensors import check_rows, keep_rows, note_rows, restore_rows, set_rows
 from .added_tokens import AddedTokens
 from .head import BitFitHead
 from .head_parameter import HeadParameter
-from .layer import PREFIX, BitFitLayer
+from .layer import BitFitLayer
 from .loading import loading_in_progress
 from .merging import prepare_merge
 from .mixed import MixedBatch, check_adapter_names, check_number, sequences_per_example
@@ -39,7 +39,6 @@ from .state import (
     load_tensors,
     read_labels,
     remove_adapter,
-    stock_path,
     take_out,
     tuned_layers,
 )
@@ -383,12 +382,12 @@ class BitFitModel(BaseTuner):
         deltas = {}
         for key, tensor in state_dict.items():
             name = cls._remove_adapter_name_from_key(key, adapter_name)
-            if key != name and name.removeprefix(KEY_PREFIX) in wanted:
+            if key != name and from_file(name) in wanted:
                 deltas[key] = gathered(tensor).to(torch.float32)
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in deltas.items()}
         for path, leaf in head_leaves(model):
             place = leaf.live_path(path)
-            live = next(key for key in (f"{KEY_PREFIX}{place}", place) if _has(state_dict, key))
+            live = next(key for key in (in_file(place), place) if _has(state_dict, key))
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
             saved |= {stock_path(f"{path}.{k}"): v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
         read_labels(model, adapter_name, config)
@@ -404,7 +403,7 @@ class BitFitModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        prefix = KEY_PREFIX if key.startswith(KEY_PREFIX) else ""
+        prefix = FILE_PREFIX if key.startswith(FILE_PREFIX) else ""
         name = stock_path(super()._remove_adapter_name_from_key(key, adapter_name))
         # As PEFT finds the rows of added tokens when it looks for the layer of token embeddings.
         return prefix + name.replace(".modules_to_save.", ".")

@@ -18,8 +18,8 @@ from ..config import BitFitConfig
 from ..errors import AdapterNameError, AddedTokensError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
 from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
-from ..storage.files import KEY_PREFIX
 from ..storage.fingerprint import check_base, fingerprint
+from ..storage.keys import delta_key, from_file
 from ..terms import (
     PEFT_NAMES,
     Bias,
@@ -36,7 +36,7 @@ from ..terms.structure import shape_of, stock_module, stock_root, walk
 from ..terms.tasks import library_class, peft_task_type
 from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
 from .head import BitFitHead, Labels, float32_copy
-from .layer import PREFIX, BitFitLayer
+from .layer import BitFitLayer
 from .places import find_labels, find_places
 from .reading import owners
 from .state import check_fit, is_bitfit
@@ -91,7 +91,7 @@ class Plan:
                     chosen = [bias for bias in biases if bias.parameter == parameter]
                     size = sum(bias.num_parameters for bias in chosen)
                     whole = size == torch.Size(chosen[0].shape).numel()
-                    expected[f"{module}.{PREFIX}{parameter}"] = torch.empty(chosen[0].shape if whole else (size,))
+                    expected[delta_key(module, parameter)] = torch.empty(chosen[0].shape if whole else (size,))
         modules = dict(walk(stock_root(model)))
         if self.tokens is not None:
             with torch.device("meta"):
@@ -100,7 +100,7 @@ class Plan:
         if self.logits is not None and self.labels is not None:
             copy = float32_copy(modules[self.logits], self.labels.num_labels)
             expected |= {f"{self.logits}.{name}": tensor for name, tensor in copy.state_dict().items()}
-        check_fit(expected, {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}, where=where)
+        check_fit(expected, {from_file(key): value for key, value in tensors.items()}, where=where)
 
     def describe(self, config: BitFitConfig) -> None:
         """Writes into the configuration what was found out."""
@@ -287,8 +287,8 @@ def _check_not_applied(model: nn.Module) -> None:
 
 
 def _restrict(biases: list[Bias], only: Mapping[str, torch.Tensor]) -> list[Bias]:
-    keys = {key.removeprefix(KEY_PREFIX) for key in only}
-    kept = [bias for bias in biases if f"{bias.module}.{PREFIX}{bias.parameter}" in keys]
+    keys = {from_file(key) for key in only}
+    kept = [bias for bias in biases if delta_key(bias.module, bias.parameter) in keys]
     if not kept:
         raise NoMatchError(
             f"None of the {len(keys)} tensors of the state dict belongs to a bias that the configuration selects."

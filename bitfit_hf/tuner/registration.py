@@ -7,7 +7,7 @@ from peft import PeftType, mapping
 
 from ..config import BitFitConfig, BitFitPeftType
 from ..errors import RegistrationError
-from .layer import PREFIX
+from ..storage.keys import PREFIX
 from .model import BitFitModel
 
 

@@ -11,24 +11,14 @@ from torch import nn
 from ..backends.sharded import put_back, write_whole
 from ..config import BitFitConfig
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
-from ..storage.files import KEY_PREFIX, check_digest, check_values
-from ..terms.structure import HOLDER, stock_root
+from ..storage.files import check_digest, check_values
+from ..storage.keys import PREFIX, delta_key, from_file, stock_path
+from ..terms.structure import stock_root
 from ..terms.token_tensors import restore_rows
 from .head import BitFitHead
-from .head_parameter import VALUE, HeadParameter
-from .layer import PREFIX, BitFitLayer
+from .head_parameter import HeadParameter
+from .layer import BitFitLayer
 from .token_rows import TokenRows
-
-# Parts of a live module's path that the stock model does not have.
-_INSERTED = frozenset(
-    {"base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", VALUE}
-)
-
-
-def stock_path(name: str) -> str:
-    """The stock path of a module or parameter of a live model: without what wrappers insert."""
-    parts = (part for part in name.removeprefix(KEY_PREFIX).split(".") if part not in _INSERTED)
-    return ".".join(part.removeprefix(HOLDER) for part in parts)
 
 
 def tuned_layers(model: nn.Module) -> Iterator[tuple[str, BitFitLayer]]:
@@ -59,7 +49,7 @@ def delta_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parame
             deltas = getattr(layer, PREFIX + parameter)
             if adapter_name in deltas and id(deltas[adapter_name]) not in seen:
                 seen.add(id(deltas[adapter_name]))
-                found[f"{path}.{PREFIX}{parameter}"] = deltas[adapter_name]
+                found[delta_key(path, parameter)] = deltas[adapter_name]
     return found
 
 
@@ -120,7 +110,7 @@ def load_tensors(
         [`DeltaFormatError`]: The tensors are not float32, not finite, or not those of the configuration.
         [`DeltaMismatchError`]: They are not the ones that the adapter needs.
     """
-    given = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in tensors.items()}
+    given = {from_file(key): tensor for key, tensor in tensors.items()}
     where = f"adapter {adapter_name!r}"
     if len(given) != len(tensors):
         raise DeltaFormatError(f"{where}: the file names a tensor twice; fetch the delta again.")

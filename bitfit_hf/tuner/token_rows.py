@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..backends.sharded import gathered, lent
 from ..errors import AdapterNameError, MergeError
-from ..storage.files import ADDED, ADDED_BIAS, ADDED_ROWS
+from ..storage.keys import ADDED, ADDED_BIAS, ADDED_ROWS
 from ..terms.structure import shape_of, stock_module
 from .added_tokens import AddedTokens
 from .head import BitFitHead

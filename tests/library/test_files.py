@@ -19,7 +19,6 @@ from bitfit_hf.errors import BitFitError, DeltaFormatError, DeltaIOError, DeltaN
 from bitfit_hf.storage import files
 from bitfit_hf.storage.files import (
     CONFIG_FILE,
-    KEY_PREFIX,
     PENDING_CONFIG_FILE,
     WEIGHTS_FILE,
     check_values,
@@ -30,12 +29,16 @@ from bitfit_hf.storage.files import (
     write_bytes,
     write_pair,
 )
+from bitfit_hf.storage.keys import FILE_PREFIX
 
 Tensors = dict[str, torch.Tensor]
 
 
 def tensors(value: float) -> Tensors:
-    return {KEY_PREFIX + "a.bitfit_bias": torch.full((3,), value), KEY_PREFIX + "c.weight": torch.full((2, 3), value)}
+    return {
+        FILE_PREFIX + "a.bitfit_bias": torch.full((3,), value),
+        FILE_PREFIX + "c.weight": torch.full((2, 3), value),
+    }
 
 
 def config(value: float) -> dict:
@@ -335,7 +338,7 @@ def test_check_values_names_all_problems_at_once():
 def test_the_digest_tells_names_shapes_dtypes_and_values_apart(other):
     first = {"x": torch.tensor([1.0, 2.0])}
     assert digest(first) != digest(other)
-    assert digest(first) == digest({KEY_PREFIX + "x": torch.tensor([1.0, 9.0, 2.0])[::2]})
+    assert digest(first) == digest({FILE_PREFIX + "x": torch.tensor([1.0, 9.0, 2.0])[::2]})
 
 
 def test_the_digest_takes_scalars_and_every_dtype():
