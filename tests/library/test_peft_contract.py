@@ -1,4 +1,15 @@
-"""What PEFT's own suite asks of every method, asked here of the architectures of this suite."""
+"""What PEFT's own suite asks of every method, asked here of the architectures of this suite.
+
+PEFT's `tests/test_custom_models.py` (0.21.2) passes with BitFit as a method in its tables (22 cases: MLPs, LayerNorms,
+Conv1D, convolutions, `nn.MultiheadAttention`, with and without `modules_to_save`), taught `init_weights=False` to start
+from random deltas. What it asks for and BitFit does otherwise, by contract:
+
+- a card that says `library_name: peft` for a model without a configuration (`test_save_pretrained`);
+- weights as pickles (`test_save_pretrained_pickle`);
+- adapters in the base's dtype with `autocast_adapter_dtype=False` (`test_adapter_dtype_autocast`): deltas are float32;
+- loading an adapter onto a model with other random weights (`…_requires_grad_set_correctly`): it passes inside
+  `base_mismatch("ignore")`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from architectures import ARCHITECTURES, Architecture
+import typer
+from architectures import ARCHITECTURES, Architecture, output_tensors
+from expected_heads import EXPECTED as HEADS
 from launching import HELPERS, run_python, torchrun
 from peft import (
     PeftModel,
@@ -21,12 +34,17 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 from tuner_tester import config_for, distance, file_tensors, fill_, identical, outputs, same_tensors, tune
 
-from bitfit_hf import BitFitConfig
+from bitfit_hf import BiasDelta, BitFitConfig, TaskBank, load_delta
+from bitfit_hf.cli import app
 from bitfit_hf.errors import AdapterNameError, UnsupportedLayerError
+from bitfit_hf.tuner import BitFitHead
 
 BERT = ARCHITECTURES["bert-sequence"]
 
@@ -215,6 +233,110 @@ def test_the_state_dict_of_the_base_has_the_stock_keys(name: str) -> None:
     assert identical(
         list(file_tensors(model).values()), list(file_tensors(fill_(tune(arch, **STATES[name]))).values())
     )
+
+
+# Names that PEFT appends to `modules_to_save` ------------------------------------------------------------------------
+
+TASK_TYPES = {
+    "bert-sequence": "SEQ_CLS",
+    "roberta-sequence": "SEQ_CLS",  # PEFT's `classifier` is a module with parts
+    "bert-token": "TOKEN_CLS",
+    "t5-token": "TOKEN_CLS",
+    "bert-question": "QUESTION_ANS",
+    "modernbert-sequence-biased": "TOKEN_CLS",  # whose head PEFT wraps under none of its names
+}
+
+
+@pytest.mark.parametrize("name", TASK_TYPES)
+def test_the_names_that_peft_appends_get_into_no_file(name: str, tmp_path: Path) -> None:
+    arch = ARCHITECTURES[name]
+    model = get_peft_model(arch.build(), config_for(arch, task_type=TASK_TYPES[name]))
+    model.add_adapter("other", config_for(arch, task_type=TASK_TYPES[name]))
+    model.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "other"):
+        assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == HEADS[name]
+        assert BiasDelta.from_pretrained(folder).config.modules_to_save == HEADS[name]
+    wrappers = {type(module) for module in model.modules() if isinstance(module, ModulesToSaveWrapper)}
+    assert wrappers == {BitFitHead}
+
+
+class SplitForQuestionAnswering(PreTrainedModel):
+    """Its `qa_outputs` is a module with parts, as in XLM and LayoutLMv3."""
+
+    config_class = BertConfig
+    base_model_prefix = "bert"
+    _supports_sdpa = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Sequential(nn.Linear(config.hidden_size, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.post_init()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> QuestionAnsweringModelOutput:
+        start, end = self.qa_outputs(self.bert(input_ids, attention_mask).last_hidden_state).unbind(-1)
+        return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
+
+
+def test_a_head_that_is_called_as_peft_expects_is_not_wrapped_twice(tmp_path: Path) -> None:
+    arch = ARCHITECTURES["bert-question"]
+    base = SplitForQuestionAnswering(arch.build().config).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = fill_(get_peft_model(base, BitFitConfig(task_type="QUESTION_ANS"))).eval()
+    model.save_pretrained(tmp_path / "delta")
+    assert sorted(name for name in file_tensors(model) if "bitfit" not in name) == [
+        *("qa_outputs.0.bias", "qa_outputs.0.weight", "qa_outputs.2.bias", "qa_outputs.2.weight")
+    ]
+    fresh = SplitForQuestionAnswering.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "delta").eval()
+    assert distance(outputs(loaded, arch), outputs(model, arch)) <= 1e-6
+    applied = load_delta(SplitForQuestionAnswering.from_pretrained(tmp_path / "base"), tmp_path / "delta")
+    assert distance(outputs(applied, arch), outputs(model, arch)) <= 1e-6
+
+
+EARLIER = {"bert-token": ["classifier", "classifier", "score"], "bert-question": ["qa_outputs", "qa_outputs"]}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_files_of_earlier_versions_that_have_them_are_read_by_every_way(name: str, tmp_path: Path) -> None:
+    arch = ARCHITECTURES[name]
+    cls = type(arch.build())
+    arch.build().save_pretrained(tmp_path / "base")
+    tuned = fill_(get_peft_model(cls.from_pretrained(tmp_path / "base"), BitFitConfig(task_type=TASK_TYPES[name])))
+    delta = tmp_path / "delta"
+    tuned.save_pretrained(delta)
+    wanted = outputs(tuned.eval(), arch)
+    file = delta / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": EARLIER[name]}))
+
+    def base() -> nn.Module:
+        return cls.from_pretrained(tmp_path / "base").eval()
+
+    in_place = base()
+    in_place.load_adapter(str(delta))
+    ways = [
+        PeftModel.from_pretrained(base(), delta),
+        in_place,
+        cls.from_pretrained(delta),
+        load_delta(base(), delta),
+        BiasDelta.from_pretrained(delta).apply_(base()),
+    ]
+    for model in ways:
+        assert distance(outputs(model.eval(), arch), wanted) <= 2e-6
+    bank = TaskBank(base())
+    bank.add_task("task", delta)
+    answer = bank(**arch.inputs(), tasks=["task", "task"])
+    assert distance([tensor[None] for tensor in output_tensors(answer[0])], [tensor[:1] for tensor in wanted]) <= 1e-5
+    command = typer.main.get_command(app)
+    with pytest.raises(SystemExit) as exit_:
+        command.main(["inspect", str(delta)], prog_name="bitfit")
+    assert not exit_.value.code
+    ways[0].save_pretrained(tmp_path / "again")
+    BiasDelta.from_pretrained(delta).save_pretrained(delta)
+    for folder in (delta, tmp_path / "again"):
+        assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == HEADS[name]
 
 
 # What a layer shows --------------------------------------------------------------------------------------------------
