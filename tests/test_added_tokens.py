@@ -909,6 +909,16 @@ def test_a_bias_added_to_a_resized_output_layer_is_refused(bases):
         get_peft_model(model, config)
 
 
+def test_an_inner_model_remembers_how_many_there_were(bases, tmp_path):
+    """Llama's and Qwen's classes keep the number, so it is known also when the checkpoint's folder is gone."""
+    name = "qwen2-causal_lm"
+    shutil.copytree(bases(name), tmp_path / "base")
+    model = load(name, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    model.resize_token_embeddings(VOCABULARY + ADDED)
+    assert get_peft_model(model, BitFitConfig()).peft_config["default"].added_tokens == ADDED
+
+
 @pytest.mark.parametrize("given", [0, 1])
 def test_the_users_word_must_agree_with_the_checkpoint(bases, given):
     with pytest.raises(AddedTokensError, match=f"`added_tokens` is {given}.*3 are new"):
