@@ -649,6 +649,21 @@ def test_a_weighted_adapter_keeps_the_first_ones_rows(bases):
     assert torch.equal(file_tensors(model, "c")[key], file_tensors(model, "a")[key])
 
 
+def test_a_weighted_adapter_loses_no_rows(bases, saved, tmp_path):
+    name = "bert-sequence"
+    tuned(name, bases(name), count=0).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(load(name, bases(name)), tmp_path, adapter_name="plain")
+    model.load_adapter(saved(name).folder, adapter_name="tokens")
+    with pytest.raises(DeltaMismatchError, match="name that one first"):
+        model.add_weighted_adapter(["plain", "tokens"], [0.5, 0.5], "both")
+    model.add_weighted_adapter(["tokens", "plain"], [0.5, 0.5], "both")
+    assert torch.equal(file_tensors(model, "both")[ARCHS[name][0]], saved(name).tensors[ARCHS[name][0]])
+    tuned(name, bases(name), count=5).save_pretrained(tmp_path / "five")
+    model.load_adapter(tmp_path / "five", adapter_name="five")
+    model.add_weighted_adapter(["tokens", "five"], [0.5, 0.5], "three")
+    assert torch.equal(file_tensors(model, "three")[ARCHS[name][0]], saved(name).tensors[ARCHS[name][0]])
+
+
 # The value -----------------------------------------------------------------------------------------------------------
 
 
