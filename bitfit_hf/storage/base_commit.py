@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 
@@ -42,7 +43,10 @@ def cached_commits(name: str | None) -> list[Path]:
     """
     if not name or os.path.exists(name):
         return []
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    try:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    except HFValidationError:  # a folder that is gone
+        return []
     main = folder / "refs" / "main"
     current = main.read_text().strip() if main.is_file() else ""
     found = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]

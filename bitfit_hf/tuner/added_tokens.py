@@ -69,8 +69,8 @@ def find_added_tokens(model: nn.Module, given: int | None) -> AddedTokens | None
         given (`int`, *optional*): How many there are by the user's word. Needed where no checkpoint is at hand.
 
     Returns:
-        [`AddedTokens`], or `None` where there are none, which is also taken for granted of a model that was made from
-        a configuration and never resized.
+        [`AddedTokens`], or `None` where there are none. Without a checkpoint, as of a model that was made from a
+        configuration, there are none where no resize has left a trace.
 
     Raises:
         [`AddedTokensError`]: It cannot be found out, contradicts what was given, or cannot be tuned.
@@ -177,12 +177,12 @@ def _check_count(root: PreTrainedModel, count: int, known: int, given: int | Non
     if count < 0:
         raise AddedTokensError(
             f"The token embeddings of this {type(root).__name__} were cut from {known} rows, which its checkpoint "
-            f"({root.name_or_path}) has, to {now}. A delta cannot say which tokens are gone. {SAVE_FIRST}"
+            f"({root.name_or_path!r}) has, to {now}. A delta cannot say which tokens are gone. {SAVE_FIRST}"
         )
     if given not in (None, count):
         raise AddedTokensError(
             f"`added_tokens` is {given}, but this {type(root).__name__} has {now} token rows and its checkpoint "
-            f"({root.name_or_path}) has {known}: {count} are new. Leave `added_tokens` out, or start from a fresh "
+            f"({root.name_or_path!r}) has {known}: {count} are new. Leave `added_tokens` out, or start from a fresh "
             f"BitFitConfig.{'' if count == 0 else ' ' + SAVE_FIRST}"
         )
 
@@ -201,7 +201,7 @@ def _check_kept(root: PreTrainedModel, tensors: TokenTensors) -> None:
 
 
 def _vocabulary_of_checkpoint(root: PreTrainedModel, now: int) -> int | None:
-    """How many tokens the checkpoint has that a model was loaded from; `None` where that is not at hand."""
+    """How many tokens the checkpoint has that a model was loaded from; `None` where that cannot be found out."""
     sizes: list[int] = []
     name = getattr(root, "name_or_path", None)
     for folder in [Path(name)] if name and os.path.isdir(name) else cached_commits(name):
@@ -214,7 +214,15 @@ def _vocabulary_of_checkpoint(root: PreTrainedModel, now: int) -> int | None:
             sizes.append(size)
     if now in sizes:
         return now
-    return sizes[0] if len(sizes) == 1 else None
+    return sizes[0] if len(sizes) == 1 else _vocabulary_when_made(root)
+
+
+def _vocabulary_when_made(root: PreTrainedModel) -> int | None:
+    """How many tokens a model had when it was made: its inner model may keep the number, which no resize changes."""
+    config = root.config.get_text_config()
+    inner = [m for m in root.modules() if isinstance(m, PreTrainedModel) and m is not root and m.config is config]
+    kept = {vars(module)["vocab_size"] for module in inner if "vocab_size" in vars(module)}
+    return kept.pop() if len(kept) == 1 else None
 
 
 def _is_alike(config: PretrainedConfig, other: PretrainedConfig) -> bool:

@@ -274,7 +274,7 @@ class BitFitModel(BaseTuner):
         Adds the adapter `δ = Σ w_i δ_i`.
 
         The head is no difference to anything, so a weighted sum of heads has no meaning: the new adapter gets a copy
-        of the first one's head, with its labels.
+        of the first one's head, with its labels, and of its rows of added tokens.
 
         Args:
             adapters (`Sequence[str]`): Adapters that tune the same biases.
@@ -284,7 +284,7 @@ class BitFitModel(BaseTuner):
 
         Raises:
             [`AdapterNameError`]: A name is unknown or taken, or the numbers of names and weights differ.
-            [`DeltaMismatchError`]: The adapters tune different biases.
+            [`DeltaMismatchError`]: The adapters tune different biases, or another than the first has added tokens.
         """
         adapters, weights = list(adapters), [float(weight) for weight in weights]
         if combination_type != "linear":
@@ -304,10 +304,16 @@ class BitFitModel(BaseTuner):
                 raise DeltaMismatchError(
                     f"The adapters {adapters[0]!r} and {name!r} tune different biases; their deltas cannot be added."
                 )
-        first: Any = self.peft_config[adapters[0]]
-        read_labels(self.model, adapters[0], first)
-        config = copy.deepcopy(first)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        if not configs[0].added_tokens and any(config.added_tokens for config in configs):
+            raise DeltaMismatchError(
+                f"The adapter {adapters[0]!r}, whose head the new one gets, has no added tokens and another has: name "
+                "that one first."
+            )
+        read_labels(self.model, adapters[0], configs[0])
+        config: Any = copy.deepcopy(configs[0])
         config.new()
+        config.pending = True  # it tunes what the first one tunes, and its tensors follow
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -320,6 +326,7 @@ class BitFitModel(BaseTuner):
             first_head = head_tensors(self.model, adapters[0])
             for name, tensor in head_tensors(self.model, adapter_name).items():
                 tensor.copy_(first_head[name])
+        config.loaded()
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
 
     # --- merging and unloading ---

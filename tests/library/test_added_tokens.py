@@ -659,6 +659,21 @@ def test_a_weighted_adapter_keeps_the_first_ones_rows(bases):
     assert torch.equal(file_tensors(model, "c")[key], file_tensors(model, "a")[key])
 
 
+def test_a_weighted_adapter_loses_no_rows(bases, saved, tmp_path):
+    name = "bert-sequence"
+    tuned(name, bases(name), count=0).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(load(name, bases(name)), tmp_path, adapter_name="plain")
+    model.load_adapter(saved(name).folder, adapter_name="tokens")
+    with pytest.raises(DeltaMismatchError, match="name that one first"):
+        model.add_weighted_adapter(["plain", "tokens"], [0.5, 0.5], "both")
+    model.add_weighted_adapter(["tokens", "plain"], [0.5, 0.5], "both")
+    assert torch.equal(file_tensors(model, "both")[ARCHS[name][0]], saved(name).tensors[ARCHS[name][0]])
+    tuned(name, bases(name), count=5).save_pretrained(tmp_path / "five")
+    model.load_adapter(tmp_path / "five", adapter_name="five")
+    model.add_weighted_adapter(["tokens", "five"], [0.5, 0.5], "three")
+    assert torch.equal(file_tensors(model, "three")[ARCHS[name][0]], saved(name).tensors[ARCHS[name][0]])
+
+
 # The value -----------------------------------------------------------------------------------------------------------
 
 
@@ -998,6 +1013,16 @@ def test_a_bias_added_to_a_resized_output_layer_is_refused(bases):
     config = BitFitConfig(bias_terms=["query", "lm_head"], add_missing_biases=True)
     with pytest.raises(AddedTokensError, match="lm_head"):
         get_peft_model(model, config)
+
+
+def test_an_inner_model_remembers_how_many_there_were(bases, tmp_path):
+    """Llama's and Qwen's classes keep the number, so it is known also when the checkpoint's folder is gone."""
+    name = "qwen2-causal_lm"
+    shutil.copytree(bases(name), tmp_path / "base")
+    model = load(name, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    model.resize_token_embeddings(VOCABULARY + ADDED)
+    assert get_peft_model(model, BitFitConfig()).peft_config["default"].added_tokens == ADDED
 
 
 @pytest.mark.parametrize("given", [0, 1])
