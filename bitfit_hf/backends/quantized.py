@@ -1,9 +1,9 @@
-"""Quantised weights: reading them, and keeping them in a form that can be trained with.
+"""Quantized weights: reading them, and keeping them in a form that can be trained with.
 
 None of the libraries has to be installed. On CPUs with AVX512-BF16, bitsandbytes rearranges a 4-bit weight at the
 first forward pass in evaluation mode, for a kernel that has no backward pass: an evaluation followed by more training
 ends in an error or loses gradients in silence, saving puts the weight back with its scales in the wrong order, and
-PEFT dequantises it to noise.
+PEFT dequantizes it to noise.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 
-def dequantised(module: nn.Module) -> torch.Tensor:
-    """The weight of a quantised layer in floating point; the layer is left as it is."""
+def dequantized(module: nn.Module) -> torch.Tensor:
+    """The weight of a quantized layer in floating point; the layer is left as it is."""
     if _is_rearranged(module):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -47,13 +47,13 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def shared_state(model: nn.Module) -> dict[int, Any]:
-    """What quantised layers keep beside their parameters and buffers, by `id`: the memo of a copy that shares it.
+    """What quantized layers keep beside their parameters and buffers, by `id`: the memo of a copy that shares it.
 
     An 8-bit layer of bitsandbytes takes its scales off the weight at its first forward pass. Of two layers that share
     a weight the second would find none, so this has every layer take them now.
 
     Args:
-        model (`nn.Module`): Quantised or not.
+        model (`nn.Module`): Quantized or not.
     """
     memo: dict[int, Any] = {}
     layer: Any

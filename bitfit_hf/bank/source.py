@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..delta.value import BiasDelta
@@ -61,14 +60,11 @@ class DeltaSource:
         if self.delta is not None:
             return self.delta
         assert self.place is not None
-        folder = fetch_delta(self.place, **self.options)
-        if not os.path.isdir(self.place):
-            # A branch may move on. The cache keeps each commit in a folder of its name, and finds it there without
-            # asking the Hub.
-            inside = Path(self.options["subfolder"] or "")
-            commit = folder.parents[len(inside.parts) - 1] if inside.parts else folder
-            self.options = {**self.options, "revision": commit.name}
-        delta = BiasDelta.from_folder(folder, where=self.place)
+        fetched = fetch_delta(self.place, **self.options)
+        if fetched.commit is not None:
+            # A branch may move on. A commit is found in the cache without asking the Hub.
+            self.options = {**self.options, "revision": fetched.commit}
+        delta = BiasDelta.from_folder(fetched.folder, where=self.place)
         digest = delta.config.weights_digest or delta.digest
         if self.digest is not None and digest != self.digest:
             raise TaskBankError(

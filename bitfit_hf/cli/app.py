@@ -352,7 +352,7 @@ def _read(name: str, revision: str | None, token: str | None) -> tuple[BiasDelta
     from ..delta.value import BiasDelta
     from ..storage.fetch import fetch_delta
 
-    folder = fetch_delta(name, revision=revision, token=token)
+    folder = fetch_delta(name, revision=revision, token=token).folder
     return BiasDelta.from_folder(folder, where=name), folder
 
 

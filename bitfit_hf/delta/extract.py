@@ -89,10 +89,10 @@ def extract_difference(base: nn.Module, tuned: nn.Module) -> DeltaParts:
         deltas[name] = delta.clone() if index is None else delta.flatten()[index]
     prints = fingerprint(base, biases)
     labels = Labels.of(tuned) if head_names and isinstance(tuned, PreTrainedModel) else None
-    known = isinstance(tuned, PreTrainedModel)
+    known = tuned if isinstance(tuned, PreTrainedModel) else None
     config = BitFitConfig(
-        task_type=peft_task_type(tuned) if known else None,
-        auto_mapping=class_record(tuned) if known else None,
+        task_type=None if known is None else peft_task_type(known),
+        auto_mapping=None if known is None else class_record(known),
         num_labels=labels.num_labels if labels else None,
         id2label=labels.id2label if labels else None,
         problem_type=labels.problem_type if labels else None,

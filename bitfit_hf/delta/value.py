@@ -114,7 +114,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             [`DeltaFormatError`]: Its files are damaged, incomplete, or of two different saves.
             [`DeltaIOError`]: They cannot be read.
         """
-        folder = fetch_delta(
+        fetched = fetch_delta(
             path_or_repo,
             revision=revision,
             subfolder=subfolder,
@@ -122,7 +122,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        return cls.from_folder(folder, where=str(path_or_repo))
+        return cls.from_folder(fetched.folder, where=str(path_or_repo))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], *, where: str | None = None) -> BiasDelta:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -21,6 +22,20 @@ from ..errors import DeltaIOError, DeltaNotFoundError
 from .files import CONFIG_FILE, WEIGHTS_FILE
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """
+    Where the files of a delta are.
+
+    Args:
+        folder (`Path`): The local folder.
+        commit (`str`, *optional*): Of the Hub repo that they come from; `None` for a folder of the user's.
+    """
+
+    folder: Path
+    commit: str | None = None
+
+
 def fetch_delta(
     path_or_repo: str | os.PathLike[str],
     *,
@@ -29,7 +44,7 @@ def fetch_delta(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> Path:
+) -> Fetched:
     """Finds the folder of a delta, downloading its two files at one commit where it is a Hub repo.
 
     Args:
@@ -39,7 +54,7 @@ def fetch_delta(
             As in huggingface_hub.
 
     Returns:
-        `Path`: A local folder.
+        [`Fetched`]: A local folder, and the commit that its files are of.
 
     Raises:
         [`DeltaNotFoundError`]: There is no such folder or repo, or no delta in it.
@@ -49,7 +64,7 @@ def fetch_delta(
         raise DeltaNotFoundError(f"`subfolder` has to be a folder inside {path_or_repo}, got {subfolder!r}.")
     local = Path(path_or_repo)
     if local.is_dir():
-        return local / subfolder if subfolder else local
+        return Fetched(local / subfolder if subfolder else local)
     name = os.fspath(path_or_repo)
     if local.exists():
         raise DeltaNotFoundError(f"{name} is a file; pass the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
@@ -73,7 +88,7 @@ def fetch_delta(
         # first, whatever is pushed in between.
         levels = 1 + len(Path(subfolder or "").parts)
         commit = config.parents[levels - 1].name
-        return download(WEIGHTS_FILE, commit).parent
+        return Fetched(download(WEIGHTS_FILE, commit).parent, commit)
     except HFValidationError as error:
         raise DeltaNotFoundError(f"{name!r} is neither a folder nor a valid repo id: {error}") from error
     except GatedRepoError as error:

@@ -3,8 +3,8 @@
 A delta is a difference to one set of weights; on another checkpoint of the same shape it gives nonsense without a
 sound. So the configuration of a delta carries a fingerprint of its base: of every tuned bias the shape, a digest and a
 sample of its values, of every tuned module's weight a sample. It survives a change of dtype: the digests are kept at
-three precisions, and what was rounded to a lower one is compared there. Only weights that are quantised are compared
-by a tolerance; biases never are quantised, and tell a fine-tuned sibling from a quantised copy, which correlations do
+three precisions, and what was rounded to a lower one is compared there. Only weights that are quantized are compared
+by a tolerance; biases never are quantized, and tell a fine-tuned sibling from a quantized copy, which correlations do
 not.
 """
 
@@ -25,7 +25,7 @@ import numpy
 import torch
 from torch import nn
 
-from ..backends.quantized import dequantised
+from ..backends.quantized import dequantized
 from ..backends.sharded import gathered
 from ..errors import BaseModelMismatchError, ConfigError, DeltaFormatError, collect
 from ..terms import Bias
@@ -36,7 +36,7 @@ from .packed import unpack_print
 FORMAT = 2  # 1 had the values packed into strings, see `packed`
 SAMPLES = 8  # values kept of each tensor
 QUANTIZED = "quantized"
-# Of a quantised weight's largest sampled value. The coarsest format in use (4 bit, blocks of 64) stays below it.
+# Of a quantized weight's largest sampled value. The coarsest format in use (4 bit, blocks of 64) stays below it.
 QUANTIZED_TOLERANCE = 0.3
 
 OnMismatch = Literal["raise", "warn", "ignore"]
@@ -132,7 +132,7 @@ class TensorPrint:
         gap = max((abs(a - b) for a, b in zip(self.sample, other.sample, strict=False)), default=0.0)
         if QUANTIZED in (self.dtype, other.dtype):
             scale = max((abs(a) for a in self.sample), default=0.0)
-            return f"differs by {gap:.1e} after quantisation" if gap > QUANTIZED_TOLERANCE * scale else None
+            return f"differs by {gap:.1e} after quantization" if gap > QUANTIZED_TOLERANCE * scale else None
         lower = min((self.dtype, other.dtype), key=_MANTISSA_BITS.__getitem__)
         if {self.dtype, other.dtype} == {"float16", "bfloat16"}:
             # Both are roundings of something finer, and a rounding of a rounding may differ from it by one unit.
@@ -191,7 +191,7 @@ def _tensors(module: nn.Module, parameter: str) -> Iterator[tuple[str, torch.Ten
             plain = _plain(stored)
             yield weight, plain, False, None if plain is stored else QUANTIZED
         else:
-            yield weight, dequantised(module), False, QUANTIZED
+            yield weight, dequantized(module), False, QUANTIZED
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -203,7 +203,7 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    # torchao keeps quantised weights in tensor subclasses that pose as floating point.
+    # torchao keeps quantized weights in tensor subclasses that pose as floating point.
     quantized = type(tensor.data).__module__.startswith("torchao")
     return tensor.dequantize() if quantized else tensor
 

@@ -25,8 +25,8 @@ _NORMS = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
 )
-# Quantised linears that do not subclass nn.Linear in every version. By type name, so that none has to be installed.
-_QUANTISED_LINEARS = frozenset(
+# Quantized linears that do not subclass nn.Linear in every version. By type name, so that none has to be installed.
+_QUANTIZED_LINEARS = frozenset(
     {
         *("Linear8bitLt", "Linear4bit", "HQQLinear", "EetqLinear", "FP8Linear", "FbgemmFp8Linear", "BitLinear"),
         *("QuantLinear", "TorchQuantLinear", "WQLinear_GEMM", "WQLinear_GEMV", "QLinear", "VQuantLinear"),
@@ -109,7 +109,7 @@ def kind_of(module: nn.Module) -> str | None:
     """Which known kind of module this is: one whose `bias` is added to its output; `None` for all others."""
     if isinstance(module, nn.MultiheadAttention):
         return MULTIHEAD
-    if isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in _QUANTISED_LINEARS:
+    if isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__ in _QUANTIZED_LINEARS:
         return LINEAR
     if isinstance(module, _CONVOLUTIONS):
         return CONVOLUTION
@@ -136,7 +136,7 @@ def own_bias(module: nn.Module, kind: str) -> torch.Tensor | None:
     """The bias vector of a module of a known kind, `None` if it has none."""
     bias: torch.Tensor | None = module._parameters.get(bias_name(kind))
     if bias is None and kind == LINEAR:
-        bias = module._buffers.get("bias")  # some quantised linears (GPTQ, AWQ) keep it there
+        bias = module._buffers.get("bias")  # some quantized linears (GPTQ, AWQ) keep it there
     return bias if bias is not None and len(shape_of(bias)) == 1 else None
 
 

@@ -156,7 +156,7 @@ def accept_checkpoints(model: nn.Module) -> None:
     """
     if model not in _accepting:
         in_place = not isinstance(model, PeftModel)
-        model.register_load_state_dict_post_hook(_without_frozen_base if in_place else _without_strangers)
+        model.register_load_state_dict_post_hook(_without_frozen_base if in_place else _refuse_other_checkpoints)
         _accepting.add(model)
 
 
@@ -173,7 +173,7 @@ def _without_frozen_base(model: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys.clear()
 
 
-def _without_strangers(model: nn.Module, incompatible: Any) -> None:
+def _refuse_other_checkpoints(model: nn.Module, incompatible: Any) -> None:
     _raise_for([], filter(is_adapters, incompatible.unexpected_keys))
 
 

@@ -100,7 +100,7 @@ class BitFitHead(ModulesToSaveWrapper):
         return path
 
     def forget(self, adapter_name: str) -> None:
-        """Removes an adapter without a word, as if it never was there."""
+        """Removes an adapter and all that is kept for it; nothing where there is none."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
         self._adapters.discard(adapter_name)

@@ -54,7 +54,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self._tied: dict[str, tuple[BitFitLayer, str]] = {}
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
-        self._led: tuple[BitFitHead, ...] = ()
+        self._head: tuple[BitFitHead, ...] = ()
         self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
             install(base_layer, self.bias_parameters, owner=self)
@@ -103,7 +103,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             self._buffers.pop(_index_name(parameter, adapter_name), None)
 
     def forget(self, adapter_name: str) -> None:
-        """Removes an adapter without a word, as if it never was there."""
+        """Removes an adapter and all that is kept for it; nothing where there is none."""
         for parameter in self.bias_parameters:
             if adapter_name in self._deltas(parameter):
                 del self._deltas(parameter)[adapter_name]
@@ -114,18 +114,18 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         """Whether there is an adapter left."""
         return any(len(self._deltas(parameter)) for parameter in self.bias_parameters)
 
-    def lead(self, leaves: Sequence[BitFitHead]) -> None:
-        """Makes this layer, the model's first, the one that speaks for the head's leaves.
+    def switch_head_along(self, leaves: Sequence[BitFitHead]) -> None:
+        """Has the head's leaves switched on and off together with this layer, which is the model's first.
 
-        It switches them on and off with itself, since transformers' `enable_adapters` knows the tuner's layers only
-        and would leave the head switched off; and it refuses what they refuse before any layer has been switched.
+        transformers' `enable_adapters` knows the tuner's layers only and would leave the head switched off. What the
+        leaves refuse is refused here, before any layer has been switched.
         """
-        self._led = tuple(leaves)  # in a tuple, so that they do not become children of this layer
+        self._head = tuple(leaves)  # in a tuple, so that they do not become children of this layer
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """PEFT's hook: activates adapters, and makes their deltas alone trainable."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        for leaf in self._led if len(names) > 1 else ():
+        for leaf in self._head if len(names) > 1 else ():
             leaf.check_set_adapter(names)
         # As PEFT's own does, without its walk through each parameter's wrappers: a server switches at every request.
         for parameter in self.bias_parameters:
@@ -139,7 +139,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        for leaf in self._led:
+        for leaf in self._head:
             leaf.enable_adapters(enabled)
 
     def has_adapter(self, adapter_name: str) -> bool:

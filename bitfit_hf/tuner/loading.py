@@ -113,7 +113,7 @@ class Loading:
             return Path(self.path_or_repo, self.hub_kwargs.get("subfolder") or "")
         known = inspect.signature(fetch_delta).parameters
         kwargs = {name: value for name, value in self.hub_kwargs.items() if name in known and value is not None}
-        return fetch_delta(self.path_or_repo, **kwargs)
+        return fetch_delta(self.path_or_repo, **kwargs).folder
 
 
 def loading_in_progress() -> Loading | None:

@@ -61,7 +61,7 @@ def prepare_merge(model: nn.Module, adapter_names: list[str]) -> None:
         module: Any = modules[path]
         if module._parameters.get("bias") is None:
             weight = module.weight
-            # A quantised weight's own dtype says nothing of the bias.
+            # A quantized weight's own dtype says nothing of the bias.
             dtype: Any = weight.dtype if weight.dtype.is_floating_point else model.dtype
             zeros = torch.zeros(module.out_features, dtype=dtype, device=weight.device)
             module._parameters["bias"] = nn.Parameter(zeros, requires_grad=False)

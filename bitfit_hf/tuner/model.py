@@ -224,13 +224,13 @@ class BitFitModel(BaseTuner):
                 leaf.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
             if active:
                 leaf.set_adapter(adapter_name, inference_mode=inference_mode)
-            if path == plan.carrier:
+            if path == plan.labels_at:
                 assert isinstance(model, PreTrainedModel)
                 assert plan.labels is not None
                 leaf.carry_labels(model, adapter_name, plan.labels)
         leaves = [leaf for _, leaf in head_leaves(model)]
         for _, layer in tuned_layers(model):
-            layer.lead(leaves)
+            layer.switch_head_along(leaves)
             break
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:

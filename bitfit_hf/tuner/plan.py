@@ -56,7 +56,7 @@ class Plan:
         middle (`frozenset[str]`): Those of them that are no head by the model's class, so that layers may follow.
         labels ([`Labels`], *optional*): The adapter's labels, where there is a head.
         logits (`str`, *optional*): The leaf whose size is the number of labels.
-        carrier (`str`, *optional*): The leaf that keeps the label names in step.
+        labels_at (`str`, *optional*): The leaf of the head that keeps the label names in step with the active adapter.
         tokens ([`AddedTokens`], *optional*): The tokens that the checkpoint does not have.
         values (`dict[str, Any]`): What the configuration is completed with.
     """
@@ -67,7 +67,7 @@ class Plan:
     middle: frozenset[str]
     labels: Labels | None
     logits: str | None
-    carrier: str | None
+    labels_at: str | None
     tokens: AddedTokens | None
     values: dict[str, Any]
 
@@ -178,7 +178,7 @@ def make_plan(
         middle=frozenset(head).difference(class_head(model, config.task_type)),
         labels=labels,
         logits=logits,
-        carrier=(logits or head[-1]) if labels is not None else None,
+        labels_at=(logits or head[-1]) if labels is not None else None,
         tokens=tokens,
         values=values,
     )

@@ -152,7 +152,7 @@ def _materialise(model: nn.Module, adapter_name: str, empty: torch.Tensor, value
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Takes an adapter out of a model again, with every wrapper that then serves none, as if it never was there."""
+    """Takes an adapter out of a model again, with every wrapper that then serves no adapter."""
     root = stock_root(model)
     for name, module in reversed(list(root.named_modules())):
         if isinstance(module, (BitFitLayer, BitFitHead)):

@@ -1,4 +1,4 @@
-"""Is this the base? Exact within one dtype, exact at the lower of two precisions, tolerant of quantised weights."""
+"""Is this the base? Exact within one dtype, exact at the lower of two precisions, tolerant of quantized weights."""
 
 from __future__ import annotations
 
@@ -159,16 +159,16 @@ def test_a_fully_fine_tuned_sibling_is_refused():
         assert differences(copy_to(model, dtype), expected)
 
 
-def test_quantised_weights_are_compared_by_a_tolerance():
+def test_quantized_weights_are_compared_by_a_tolerance():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(40, 32, generator=generator)
     original = TensorPrint.of(weight, whole=False)
     scale = weight.abs().max() / 7  # 4 bits, one block: coarser than any format in use
-    quantised = TensorPrint.of((weight / scale).round() * scale, whole=False, dtype=QUANTIZED)
-    assert original.difference(quantised) is None
-    assert quantised.difference(original) is None
+    quantized = TensorPrint.of((weight / scale).round() * scale, whole=False, dtype=QUANTIZED)
+    assert original.difference(quantized) is None
+    assert quantized.difference(original) is None
     other = TensorPrint.of(torch.randn(40, 32, generator=generator), whole=False, dtype=QUANTIZED)
-    assert "after quantisation" in original.difference(other)
+    assert "after quantization" in original.difference(other)
 
 
 def test_another_shape_is_named(bert):

@@ -1,7 +1,7 @@
-"""Bases whose weights are quantised, by the libraries themselves: bitsandbytes in 8 and 4 bit, torchao in int8.
+"""Bases whose weights are quantized, by the libraries themselves: bitsandbytes in 8 and 4 bit, torchao in int8.
 
 The base is a small random BERT of sizes that all kernels take, and for one test of each kind the real MiniLM. What is
-not quantised (biases, norms, embeddings) keeps its dtype, and the head is left out of the quantisation.
+not quantized (biases, norms, embeddings) keeps its dtype, and the head is left out of the quantization.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tuner_tester import base_tensors, fill_, identical, same_tensors
 
 from bitfit_hf import BaseModelMismatchError, BiasDelta, BitFitCallback, BitFitConfig, TaskBank, load_delta
-from bitfit_hf.backends.quantized import dequantised
+from bitfit_hf.backends.quantized import dequantized
 from bitfit_hf.storage.fingerprint import QUANTIZED, QUANTIZED_TOLERANCE, decode, differences
 
 LIBRARIES = {"8-bit": "bitsandbytes", "4-bit": "bitsandbytes", "nested 4-bit": "bitsandbytes", "int8": "torchao"}
@@ -43,7 +43,7 @@ BERT = {
 LLAMA = {**SIZES, "hidden_size": 128, "intermediate_size": 192, "num_key_value_heads": 2}
 
 
-def quantisation(kind: str) -> Any:
+def quantization(kind: str) -> Any:
     """The `quantization_config` that leaves out the head."""
     pytest.importorskip(LIBRARIES[kind], reason="an optional library, of the extra `integrations`")
     from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -99,12 +99,12 @@ def load(
     rearrange: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """The model in `folder`, quantised if `kind` says so.
+    """The model in `folder`, quantized if `kind` says so.
 
     CPUs with AVX512-BF16 evaluate stock 4-bit layers with another kernel, which rounds more, than all other CPUs and
     than tuned layers. `rearrange=False` has them use the common one.
     """
-    config = {} if kind is None else {"quantization_config": quantisation(kind)}
+    config = {} if kind is None else {"quantization_config": quantization(kind)}
     model = auto_class.from_pretrained(folder, **config, **options).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu") and not rearrange:
@@ -187,14 +187,14 @@ def test_training_saving_and_loading(kind: str, dtype: torch.dtype, checkpoint: 
 
 
 @pytest.mark.parametrize("kind", LIBRARIES)
-def test_a_delta_moves_between_the_quantised_and_the_full_precision_base(
+def test_a_delta_moves_between_the_quantized_and_the_full_precision_base(
     kind: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     bases: dict[str, Callable[[], nn.Module]] = {
-        "quantised": lambda: load(checkpoint, kind),
+        "quantized": lambda: load(checkpoint, kind),
         "full": lambda: load(checkpoint),
         "bfloat16": lambda: load(checkpoint, dtype=torch.bfloat16),
-        "quantised bfloat16": lambda: load(checkpoint, kind, dtype=torch.bfloat16),
+        "quantized bfloat16": lambda: load(checkpoint, kind, dtype=torch.bfloat16),
     }
     for here, make in bases.items():
         model = fill_(get_peft_model(make(), BitFitConfig(task_type="SEQ_CLS")).eval())
@@ -211,12 +211,12 @@ def test_a_delta_moves_between_the_quantised_and_the_full_precision_base(
 
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_a_fine_tuned_sibling_is_refused(kind: str, checkpoint: Path, sibling: Path, tmp_path: Path) -> None:
-    get_peft_model(load(checkpoint, kind), BitFitConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "quantised")
+    get_peft_model(load(checkpoint, kind), BitFitConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "quantized")
     get_peft_model(load(checkpoint), BitFitConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "full")
     for delta, base in (
-        ("quantised", load(sibling)),
+        ("quantized", load(sibling)),
         ("full", load(sibling, kind)),
-        ("quantised", load(sibling, kind)),
+        ("quantized", load(sibling, kind)),
     ):
         with pytest.raises(BaseModelMismatchError, match="bias differs"):
             PeftModel.from_pretrained(base, tmp_path / delta)
@@ -321,7 +321,7 @@ def test_merging_is_exact_for_biases(kind: str, dtype: torch.dtype, checkpoint: 
 
 
 @pytest.mark.parametrize("kind", CASTING)
-def test_a_merged_model_is_a_quantised_checkpoint(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_merged_model_is_a_quantized_checkpoint(kind: str, checkpoint: Path, tmp_path: Path) -> None:
     model = fill_(get_peft_model(load(checkpoint, kind), BitFitConfig(task_type="SEQ_CLS")).eval())
     expected = answer(model)
     stock = model.merge_and_unload()
@@ -359,8 +359,8 @@ def test_evaluating_a_four_bit_base_first(kind: str, checkpoint: Path, tmp_path:
     used, fresh = load(checkpoint, kind, rearrange=True), load(checkpoint, kind)
     answer(used)
     path = "bert.encoder.layer.1.output.dense"
-    scale = dequantised(fresh.get_submodule(path)).abs().max()
-    gap = (dequantised(used.get_submodule(path)) - dequantised(fresh.get_submodule(path))).abs().max()
+    scale = dequantized(fresh.get_submodule(path)).abs().max()
+    gap = (dequantized(used.get_submodule(path)) - dequantized(fresh.get_submodule(path))).abs().max()
     assert gap < 2**-7 * scale  # the scales are rounded to bfloat16
     model = PeftModel.from_pretrained(used, tmp_path / "delta", is_trainable=True)
     assert not differences(model, model.peft_config["default"].base_fingerprint)
@@ -381,7 +381,7 @@ def test_evaluating_a_four_bit_base_first(kind: str, checkpoint: Path, tmp_path:
 
 
 def vectors(model: nn.Module) -> Tensors:
-    """The parameters that no library quantises, by stock name."""
+    """The parameters that no library quantizes, by stock name."""
     return {
         n: t for n, t in base_tensors(model).items() if t.dim() == 1 and t.is_floating_point() and "weight." not in n
     }
@@ -441,7 +441,7 @@ def test_reading_the_weights_of_a_base_in_use_leaves_it_usable(kind: str, checkp
     weights = dict(model.named_parameters())
     for module in model.modules():
         if hasattr(module, "weight") and (hasattr(module, "state") or hasattr(module, "quant_state")):
-            dequantised(module)
+            dequantized(module)
     assert all(parameter is weights[name] for name, parameter in model.named_parameters())
     assert identical(answer(model), before)
     load_delta(model, tmp_path)  # compares fingerprints
@@ -452,7 +452,7 @@ def test_reading_the_weights_of_a_base_in_use_leaves_it_usable(kind: str, checkp
 @pytest.mark.parametrize("rearrange", [False, True])
 @pytest.mark.parametrize("used", [False, True], ids=["fresh base", "used base"])
 @pytest.mark.parametrize("kind", LIBRARIES)
-def test_a_bank_on_a_quantised_base(kind: str, used: bool, rearrange: bool, checkpoint: Path) -> None:
+def test_a_bank_on_a_quantized_base(kind: str, used: bool, rearrange: bool, checkpoint: Path) -> None:
     tuned_models = (fill_(get_peft_model(load(checkpoint, kind), BitFitConfig()), seed=seed) for seed in range(2))
     deltas = [BiasDelta.from_model(model) for model in tuned_models]
     ids = torch.stack([row["input_ids"] for row in rows(5)])
@@ -480,7 +480,7 @@ def test_a_bank_on_a_quantised_base(kind: str, used: bool, rearrange: bool, chec
 
 
 def held(module: nn.Module) -> list[torch.Tensor]:
-    """The tensors of a layer, and those of its quantisation."""
+    """The tensors of a layer, and those of its quantization."""
     states = [getattr(module, name, None) for name in ("state", "quant_state")]
     kept = [getattr(state, name, None) for state in states for name in ("CB", "SCB", "absmax", "code")]
     return [value for value in (*module._parameters.values(), *kept) if isinstance(value, torch.Tensor)]
