@@ -217,8 +217,6 @@ def extract(
     if base_model not in (None, base):
         value.config.revision = None  # a commit of BASE
     value.config.base_model_name_or_path = base_model or local
-    # By which `merge` and AutoPeftModel choose the class that has this head.
-    value.config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     value.save_pretrained(output)
     values = {
         "output": str(output),

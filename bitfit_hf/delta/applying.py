@@ -8,30 +8,28 @@ error.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..backends.sharded import is_sharded
 from ..errors import AddedTokensError, DeltaMismatchError, MergeError, collect
+from ..storage.fingerprint import OnMismatch, check_base
 from ..terms import Bias
 from ..terms.base_bias import Found, add_deltas, base_bias, forget, found, overwritten, put_back, tells, write_over
 from ..terms.structure import stock_root, walk
 from ..terms.token_tensors import check_room
 from ..tuner.added_tokens import AddedTokens, fit_added_tokens
-from ..tuner.head import Labels, float32_copy, resized
 from ..tuner.layer import reads_bias, span_index
-from ..tuner.places import find_labels, find_places
+from ..tuner.places import find_places
+from ..tuner.state import is_bitfit
 from ..tuner.token_rows import added_shapes
+from .applied_head import AppliedHead, HeadRecord
 from .applied_rows import AppliedRows, RowRecord
-
-Part = nn.Module | nn.Parameter  # of a head, see `bitfit_hf.terms.head_modules`
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,18 +41,15 @@ class AppliedDelta:
         name (`str`): Of its base, for messages.
         biases (`Mapping[str, list[Bias]]`): What it tunes, by the name of the tensor.
         deltas (`Mapping[str, torch.Tensor]`): `δ` by the same names.
-        head (`Mapping[str, Mapping[str, torch.Tensor]]`): For each part of the head its tensors, by their names in it;
-            that of a parameter is empty.
-        labels ([`Labels`], *optional*): Those of the head.
-        added ([`AppliedRows`], *optional*): Those of added tokens.
+        head ([`AppliedHead`], *optional*): Its head.
+        added ([`AppliedRows`], *optional*): The rows of its added tokens.
     """
 
     digest: str
     name: str | None
     biases: Mapping[str, list[Bias]]
     deltas: Mapping[str, torch.Tensor]
-    head: Mapping[str, Mapping[str, torch.Tensor]]
-    labels: Labels | None
+    head: AppliedHead | None = None
     added: AppliedRows | None = None
 
 
@@ -68,9 +63,8 @@ class Ledger:
     def __init__(self, root: nn.Module) -> None:
         self._root = weakref.ref(root)
         self.applied: list[AppliedDelta] = []
-        self._own: dict[str, Part] = {}  # parts of the model's own head, where a delta's stand in their place
+        self._head = HeadRecord(root)
         self._rows = RowRecord()
-        self._labels = _labels_of(root)
 
     @property
     def root(self) -> nn.Module:
@@ -151,15 +145,16 @@ class Ledger:
         """
         model = self.root
         biases = [bias for group in delta.biases.values() for bias in group]
+        head = [] if delta.head is None else list(delta.head.tensors)
         base_rows = None if tokens is None else tokens.base_rows
-        for bias in find_places(model, biases, list(delta.head), base=delta.name, base_rows=base_rows):
+        for bias in find_places(model, biases, head, base=delta.name, base_rows=base_rows):
             layer = layers[bias.module]
             if not bias.exists and not reads_bias(layer, bias.parameter):
                 raise MergeError(
                     f"{bias.module} ({type(layer).__name__}) computes without a bias, so the added one cannot be "
                     "written into it. Load the delta as an adapter instead: `model.load_adapter(...)`."
                 )
-        labels, problems = self._fit_head(layers, delta)
+        fitted, problems = (None, []) if delta.head is None else delta.head.fit(model, layers)
         if delta.added is not None and tokens is not None:
             check_room(model, tokens.tensors, max(tokens.tensors.rows, tokens.stop))
             problems += _row_problems(delta.added, added_shapes(layers, tokens))
@@ -169,39 +164,12 @@ class Ledger:
                 f"It was trained on {delta.name!r}; load it onto the same class of model."
             )
         self._check_values_at_hand(layers, delta)
-        return delta if delta.labels is None else replace(delta, labels=labels)
-
-    def _fit_head(self, layers: Mapping[str, nn.Module], delta: AppliedDelta) -> tuple[Labels | None, list[str]]:
-        parts = {path: _part(self.root, path) for path in delta.head}
-        missing = [path for path, part in parts.items() if part is None]
-        if missing:
-            name = type(self.root).__name__
-            return None, [f"the head's {path} has no place: {name} has no such layer" for path in missing]
-        known = delta.labels
-        if known is None:
-            labels, logits = find_labels(self.root, list(delta.head))
-        else:
-            labels, logits = find_labels(
-                self.root, list(delta.head), known.num_labels, known.id2label, known.problem_type
-            )
-        problems = []
-        for path, tensors in delta.head.items():
-            size = labels.num_labels if labels is not None and path == logits else None
-            own = _state(parts[path] if path not in layers else float32_copy(layers[path], size))  # type: ignore[arg-type]
-            if own.keys() != tensors.keys():
-                problems.append(f"the head's {path} holds {sorted(tensors)}, the model's {sorted(own)}")
-                continue
-            problems += [
-                f"the head's {path} has another shape than the model's: {key} {list(tensors[key].shape)} instead of "
-                f"{list(own[key].shape)}"
-                for key in own
-                if own[key].shape != tensors[key].shape
-            ]
-        return labels, problems
+        return replace(delta, head=fitted)
 
     def _check_values_at_hand(self, modules: Mapping[str, nn.Module], delta: AppliedDelta) -> None:
         owners = {group[0].module for group in delta.biases.values()}
-        owners |= {path if path in modules else path.rpartition(".")[0] for path in delta.head}
+        head = () if delta.head is None else delta.head.tensors
+        owners |= {path if path in modules else path.rpartition(".")[0] for path in head}
         owners |= {name.rpartition(".")[0] for name in (delta.added.tensors if delta.added is not None else ())}
         absent = [
             f"{path}.{name} is {'on the meta device' if tensor.is_meta else 'split over devices'}".removeprefix(".")
@@ -220,14 +188,14 @@ class Ledger:
 
     def add(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Writes `delta` into the model, beside those that are there."""
-        before = (self._headed(), self._enlarged())
+        before = (self._last_head(), self._last_rows())
         self.applied.append(delta)
         self._write(layers, before)
         LEDGERS[self.root] = self
 
     def remove(self, delta: AppliedDelta, layers: Mapping[str, nn.Module]) -> None:
         """Takes `delta` out of the model."""
-        before = (self._headed(), self._enlarged())
+        before = (self._last_head(), self._last_rows())
         self.applied.remove(delta)
         for name in delta.deltas.keys() - self._names().keys():
             path, _, parameter = name.rpartition(".")
@@ -242,46 +210,23 @@ class Ledger:
             path, _, parameter = name.rpartition(".")
             if path in layers:
                 forget(layers[path], parameter)
-        headed = self._headed()
-        if headed is not None:
-            fits = True
-            for path, own in self._own.items():
-                part = _part(self.root, path)
-                assert part is not None  # the delta was written into it
-                if _holds(part, headed.head.get(path, {})):
-                    _put(self.root, path, own)
-                else:
-                    fits = fits and _shapes(part) == _shapes(own)
-            if fits and self._labels is not None and _labels_of(self.root) == headed.labels:
-                self._labels.give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
+        self._head.start_anew(self.root, self._last_head())
         self._rows.start_anew(self.root)
         self.applied.clear()
-        self._own.clear()
-        self._labels = _labels_of(self.root)
         LEDGERS.pop(self.root, None)
 
-    def _write(self, layers: Mapping[str, nn.Module], before: tuple[AppliedDelta | None, AppliedDelta | None]) -> None:
+    def _write(self, layers: Mapping[str, nn.Module], before: tuple[AppliedHead | None, AppliedRows | None]) -> None:
         """Writes the sum of the deltas over the base, and the last head and rows of added tokens, where they are no
         longer those of the deltas `before`."""
         with torch.no_grad():
             for name in self._names():
                 path, _, parameter = name.rpartition(".")
                 write_over(layers[path], parameter, self._sum(name, layers[path], parameter))
-        headed, enlarged = self._headed(), self._enlarged()
-        if enlarged is not before[1]:
-            self._rows.write(self.root, None if enlarged is None else enlarged.added)
-        if headed is before[0]:
-            return
-        for path, own in self._own.items():
-            _put(self.root, path, own)
-        if headed is not None:
-            for path, tensors in headed.head.items():
-                part = _part(self.root, path)
-                assert part is not None  # `check` has seen to it
-                _put(self.root, path, _tuned_part(self._own.setdefault(path, part), tensors))
-        if self._labels is not None:
-            given = None if headed is None else headed.labels
-            (given or self._labels).give_to(self.root)  # type: ignore[arg-type]  # only a PreTrainedModel has labels
+        head, rows = self._last_head(), self._last_rows()
+        if rows is not before[1]:
+            self._rows.write(self.root, rows)
+        if head is not before[0]:
+            self._head.write(self.root, head)
 
     def _sum(self, name: str, layer: nn.Module, parameter: str) -> torch.Tensor:
         base, stored = base_bias(layer, parameter), layer._parameters.get(parameter)
@@ -298,11 +243,11 @@ class Ledger:
         dtype = like.dtype if like.dtype.is_floating_point else torch.float32
         return add_deltas(None if base is None else base.to(like.device), parts, dtype=dtype, shape=shape)
 
-    def _headed(self) -> AppliedDelta | None:
-        return next((delta for delta in reversed(self.applied) if delta.head), None)
+    def _last_head(self) -> AppliedHead | None:
+        return next((delta.head for delta in reversed(self.applied) if delta.head is not None), None)
 
-    def _enlarged(self) -> AppliedDelta | None:
-        return next((delta for delta in reversed(self.applied) if delta.added is not None), None)
+    def _last_rows(self) -> AppliedRows | None:
+        return next((delta.added for delta in reversed(self.applied) if delta.added is not None), None)
 
 
 LEDGERS: weakref.WeakKeyDictionary[nn.Module, Ledger] = weakref.WeakKeyDictionary()
@@ -330,55 +275,49 @@ def _row_problems(added: AppliedRows, wanted: Mapping[str, tuple[int, ...]]) -> 
     ]
 
 
-def _part(root: nn.Module, path: str) -> Part | None:
-    parent, _, name = path.rpartition(".")
-    owner = dict(walk(root)).get(parent)
-    if owner is None:
-        return None
-    module = owner._modules.get(name)
-    return owner._parameters.get(name) if module is None else module
+def apply_delta(
+    model: nn.Module, delta: AppliedDelta, *, fingerprint: dict[str, Any] | None, on_base_mismatch: OnMismatch
+) -> nn.Module:
+    """The work of [`BiasDelta.apply_`].
+
+    Args:
+        model (`nn.Module`): A stock model.
+        delta ([`AppliedDelta`]): What is written into it.
+        fingerprint (`dict`, *optional*): Of the delta's base.
+        on_base_mismatch (`str`): `"raise"`, `"warn"` or `"ignore"`.
+    """
+    if is_bitfit(model):
+        raise DeltaMismatchError(
+            "The model has BitFit adapters injected, so writing into its biases would change what they belong to. "
+            "Load the delta as another adapter (`model.load_adapter`), or apply it to a stock model."
+        )
+    ledger = ledger_of(model)
+    layers = ledger.layers()
+    gone = ledger.is_gone(layers)
+    tokens = ledger.place_tokens(delta, gone=gone)
+    base_rows = None if tokens is None else tokens.base_rows
+    check_base(model, fingerprint, delta_base=delta.name, on_mismatch=on_base_mismatch, base_rows=base_rows)
+    delta = ledger.fit(delta, tokens, layers)
+    if gone:
+        ledger.start_anew(layers)
+    ledger.add(delta, layers)
+    return model
 
 
-def _put(root: nn.Module, path: str, part: Part) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, part)
-
-
-def _state(part: Part) -> dict[str, torch.Tensor]:
-    return {"": part} if isinstance(part, nn.Parameter) else part.state_dict()
-
-
-def _holds(part: Part, tensors: Mapping[str, torch.Tensor]) -> bool:
-    own = _state(part)
-    return own.keys() == tensors.keys() and all(
-        own[key].shape == value.shape and torch.equal(own[key], value.to(own[key])) for key, value in tensors.items()
-    )
-
-
-def _shapes(part: Part) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in _state(part).items()}
-
-
-def _output_axis(leaf: nn.Module) -> int:
-    return 1 if isinstance(leaf, Conv1D) else 0
-
-
-def _tuned_part(leaf: Part, tensors: Mapping[str, torch.Tensor]) -> Part:
-    """A copy of the model's own leaf or parameter, with the delta's tensors in the model's dtype."""
-    if isinstance(leaf, nn.Parameter):
-        return nn.Parameter(tensors[""].to(leaf, copy=True), requires_grad=leaf.requires_grad)
-    own = leaf.state_dict()
-    clone: nn.Module
-    if any(own[key].shape != tensor.shape for key, tensor in tensors.items()):
-        assert isinstance(leaf, (nn.Linear, Conv1D))  # `fit` has let no other kind pass
-        clone = resized(leaf, tensors["weight"].shape[_output_axis(leaf)]).to(own["weight"].dtype)
-    else:
-        clone = copy.deepcopy(leaf)
-    clone.load_state_dict(dict(tensors))
-    return clone.train(leaf.training)
-
-
-def _labels_of(model: nn.Module) -> Labels | None:
-    if isinstance(model, PreTrainedModel) and getattr(model.config, "id2label", None):
-        return Labels.of(model)
-    return None
+def remove_delta(model: nn.Module, digest: str) -> nn.Module:
+    """The work of [`BiasDelta.remove_`]; the last delta of this `digest` is taken out."""
+    ledger = ledger_of(model)
+    found = next((delta for delta in reversed(ledger.applied) if delta.digest == digest), None)
+    if found is None:
+        raise DeltaMismatchError(
+            "This delta was not applied to this model with `apply_` or `load_delta`, so its base is not known. "
+            "Load the base again."
+        )
+    layers = ledger.layers()
+    if ledger.is_gone(layers):
+        raise DeltaMismatchError(
+            "This delta was applied to this model, but is not there any more: all of its biases were loaded or "
+            "changed since then, so there is nothing to take out. Load the base again if these biases are not it."
+        )
+    ledger.remove(found, layers)
+    return model

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from ..backends.sharded import gathered, put_back
 from ..config import BitFitConfig, run_after_save
-from ..errors import (
-    AdapterNameError,
-    BaseModelMismatchError,
-    DeltaFormatError,
-    DeltaMismatchError,
-    collect,
-)
-from ..storage.base_commit import base_commit
-from ..storage.bias_layout import decode_layout, encode_layout
+from ..storage.bias_layout import decode_layout
 from ..storage.fetch import fetch_delta
-from ..storage.files import check_values, digest, read_pair, write_pair
-from ..storage.fingerprint import OnMismatch, check_base, differing, fingerprint
+from ..storage.files import digest, read_pair, write_pair
+from ..storage.fingerprint import OnMismatch
 from ..storage.keys import bias_of_key, from_file, in_file, is_added, key_of_bias
-from ..terms import Bias, SavedNames, find_biases, head_modules, part_of, part_tensors
-from ..terms.base_bias import add_deltas, base_bias
-from ..terms.structure import stock_root, walk
-from ..terms.token_tensors import check_rows, vocabulary_size
-from ..tuner.added_tokens import AddedTokens, fit_added_tokens, placed_tokens
-from ..tuner.head import Labels
-from ..tuner.layer import span_index
-from ..tuner.plan import num_base_parameters
-from ..tuner.state import delta_parameters, head_tensors, is_bitfit, read_labels
-from ..tuner.token_rows import added_shapes, parameter_of
+from ..terms import SavedNames
+from ..tuner.added_tokens import AddedTokens, placed_tokens
+from .applied_head import AppliedHead
 from .applied_rows import AppliedRows
-from .applying import AppliedDelta, ledger_of
+from .applying import AppliedDelta, apply_delta, remove_delta
+from .arithmetic import check_same_base, combined, scaled
+from .extract import extract_adapter, extract_difference
+from .parts import DeltaParts, check_added, check_tensors, grouped
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -94,11 +77,11 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         if config.modules_to_save is not None:
             config.modules_to_save = SavedNames(config.modules_to_save).without_peft_names(self.head)
         self.added = dict(added or {})
-        self.biases = _group(decode_layout(config.bias_layout or {}))
+        self.biases = grouped(decode_layout(config.bias_layout or {}))
         self._tensors = {name: tensors[name] for name in self.biases if name in tensors}
         self.extraction_error: float | None = None
-        _check_tensors(tensors, self.head, self.biases, config.modules_to_save or [], where)
-        _check_added(self.added, config.added_tokens or 0, where)
+        check_tensors(tensors, self.head, self.biases, config.modules_to_save or [], where)
+        check_added(self.added, config.added_tokens or 0, where)
 
     # --- where deltas come from ---
 
@@ -183,25 +166,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         Raises:
             [`AdapterNameError`]: The model has no such BitFit adapter.
         """
-        configs = getattr(stock_root(tuned), "peft_config", None) or getattr(tuned, "peft_config", {})
-        config = configs.get(adapter_name) if isinstance(configs, Mapping) else None
-        if not isinstance(config, BitFitConfig) or not is_bitfit(tuned):
-            known = [name for name, other in configs.items() if isinstance(other, BitFitConfig)]
-            raise AdapterNameError(
-                f"{type(tuned).__name__} has no BitFit adapter {adapter_name!r} (it has {known}). For two plain "
-                "checkpoints use `BiasDelta.from_models(base, tuned)`."
-            )
-        check_rows(tuned)
-        put_back(tuned)
-        read_labels(tuned, adapter_name, config)
-        deltas = {}
-        for key, parameter in delta_parameters(tuned, adapter_name).items():
-            bias = bias_of_key(key)
-            assert bias is not None
-            deltas[bias] = _copy(gathered(parameter))
-        head = {name: _copy(gathered(tensor)) for name, tensor in head_tensors(tuned, adapter_name).items()}
-        added = {name: head.pop(name) for name in list(head) if config.added_tokens and is_added(name)}
-        return cls(deltas, config=copy.deepcopy(config), head=head, added=added, where=f"adapter {adapter_name!r}")
+        return cls._of(extract_adapter(tuned, adapter_name), where=f"adapter {adapter_name!r}")
 
     @classmethod
     def from_models(cls, base: nn.Module, tuned: nn.Module) -> BiasDelta:
@@ -217,60 +182,14 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         Raises:
             [`DeltaMismatchError`]: They differ in more than biases, head and added tokens; what differs is named.
         """
-        base, tuned = stock_root(base), stock_root(tuned)
-        layers, tuned_layers = dict(walk(base)), dict(walk(tuned))
-        head_names = head_modules(tuned)
-        biases = [bias for bias in find_biases(tuned) if bias.exists]
-        before: dict[str, torch.Tensor] = dict(base.named_parameters(remove_duplicate=False))
-        after: dict[str, torch.Tensor] = dict(tuned.named_parameters(remove_duplicate=False))
-        tuned_ones = {id(after[bias.name]) for bias in biases}
-        names = {name for name, tensor in after.items() if id(tensor) in tuned_ones}  # tied ones have several
-        added: dict[str, torch.Tensor] = {}
-        tokens = _tokens_between(base, tuned)
-        if tokens is not None:
-            biases = tokens.in_base(biases)
-            added = {
-                name: _copy(parameter_of(tuned_layers, name)[tokens.start : tokens.stop]).to(torch.float32)
-                for name in added_shapes(tuned_layers, tokens)
-            }
-            after |= {name: after[name][:rows] for name, rows in tokens.base_rows.items() if name in after}
-        _check_only_biases_differ(before, after, names, head_names)
-
-        own = {bias.name for bias in find_biases(base)}
-        biases = [b if b.name in own else replace(b, exists=False) for b in biases]
-        deltas, errors = {}, [0.0]
-        for name, group in _group(biases).items():
-            b_f = after[name].detach().cpu()
-            b_0 = base_bias(layers[group[0].module], group[0].parameter) if name in before else None
-            b_0 = torch.zeros_like(b_f) if b_0 is None else b_0.detach().cpu()
-            delta = (b_f.double() - b_0.double()).to(torch.float32)
-            back = add_deltas(b_0, [(delta, None)], dtype=b_f.dtype)
-            errors.append((back.double() - b_f.double()).abs().max().item())
-            index = span_index(group)
-            deltas[name] = delta.clone() if index is None else delta.flatten()[index]
-        prints = fingerprint(base, biases)
-        labels = Labels.of(tuned) if head_names and isinstance(tuned, PreTrainedModel) else None
-        config = BitFitConfig(
-            num_labels=labels.num_labels if labels else None,
-            id2label=labels.id2label if labels else None,
-            problem_type=labels.problem_type if labels else None,
-            modules_to_save=head_names or None,
-            add_missing_biases=any(not bias.exists for bias in biases),
-            base_model_name_or_path=getattr(base, "name_or_path", None) or None,
-            revision=base_commit(getattr(base, "name_or_path", None), prints),
-            base_fingerprint=prints,
-            base_num_parameters=num_base_parameters(base, head_modules(base)) or None,
-            bias_layout=encode_layout(biases),
-            added_tokens=None if tokens is None else tokens.count,
-            base_vocab_size=None if tokens is None else tokens.start,
-        )
-        head = {
-            name: _copy(tensor).to(torch.float32) if tensor.is_floating_point() else _copy(tensor)
-            for name, tensor in part_tensors(tuned, head_names).items()
-        }
-        result = cls(deltas, config=config, head=head, added=added, where="the tuned model")
-        result.extraction_error = max(errors)
+        found = extract_difference(base, tuned)
+        result = cls._of(found, where="the tuned model")
+        result.extraction_error = found.error
         return result
+
+    @classmethod
+    def _of(cls, parts: DeltaParts, *, where: str = "this delta") -> BiasDelta:
+        return cls(parts.tensors, config=parts.config, head=parts.head, added=parts.added, where=where)
 
     # --- mapping ---
 
@@ -373,27 +292,12 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             [`BaseModelMismatchError`], [`DeltaMismatchError`], [`MergeError`], [`AddedTokensError`]: It does not fit.
             The model is as it was.
         """
-        if is_bitfit(model):
-            raise DeltaMismatchError(
-                "The model has BitFit adapters injected, so writing into its biases would change what they belong to. "
-                "Load the delta as another adapter (`model.load_adapter`), or apply it to a stock model."
-            )
-        ledger, delta = ledger_of(model), self._to_apply()
-        layers = ledger.layers()
-        gone = ledger.is_gone(layers)
-        tokens = ledger.place_tokens(delta, gone=gone)
-        check_base(
+        return apply_delta(
             model,
-            self.config.base_fingerprint,
-            delta_base=self.config.base_model_name_or_path,
-            on_mismatch=on_base_mismatch,
-            base_rows=None if tokens is None else tokens.base_rows,
+            self._to_apply(),
+            fingerprint=self.config.base_fingerprint,
+            on_base_mismatch=on_base_mismatch,
         )
-        delta = ledger.fit(delta, tokens, layers)
-        if gone:
-            ledger.start_anew(layers)
-        ledger.add(delta, layers)
-        return model
 
     def remove_(self, model: nn.Module) -> nn.Module:
         """Takes the delta out of a model that [`~BiasDelta.apply_`] wrote it into. The base comes back bit for bit.
@@ -407,41 +311,17 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         Raises:
             [`DeltaMismatchError`]: The delta was not applied to this model.
         """
-        ledger, mine = ledger_of(model), self.digest
-        found = next((delta for delta in reversed(ledger.applied) if delta.digest == mine), None)
-        if found is None:
-            raise DeltaMismatchError(
-                "This delta was not applied to this model with `apply_` or `load_delta`, so its base is not known. "
-                "Load the base again."
-            )
-        layers = ledger.layers()
-        if ledger.is_gone(layers):
-            raise DeltaMismatchError(
-                "This delta was applied to this model, but is not there any more: all of its biases were loaded or "
-                "changed since then, so there is nothing to take out. Load the base again if these biases are not it."
-            )
-        ledger.remove(found, layers)
-        return model
+        return remove_delta(model, self.digest)
 
     def _to_apply(self) -> AppliedDelta:
         """What is written into a model, in tensors that stay as they are whatever becomes of this delta."""
-        config, leaves = self.config, self.config.modules_to_save or []
-        head: dict[str, dict[str, torch.Tensor]] = {path: {} for path in leaves}
-        for name, tensor in self.head.items():
-            path = part_of(name, leaves)
-            assert path is not None  # checked when the delta was made
-            head[path][name[len(path) + 1 :]] = tensor.clone()
-        labels = None
-        if head and config.num_labels is not None:
-            labels = Labels(config.num_labels, dict(config.id2label or {}), config.problem_type)
         return AppliedDelta(
             digest=self.digest,
-            name=config.base_model_name_or_path,
+            name=self.config.base_model_name_or_path,
             biases=self.biases,
             deltas={name: tensor.clone() for name, tensor in self.items()},
-            head=head,
-            labels=labels,
-            added=AppliedRows.of(config, self.added),
+            head=AppliedHead.of(self.config, self.head),
+            added=AppliedRows.of(self.config, self.added),
         )
 
     # --- arithmetic ---
@@ -449,7 +329,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
     def __mul__(self, factor: float) -> BiasDelta:
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
             return NotImplemented
-        return self._like({name: tensor * factor for name, tensor in self.items()}, self)
+        return self._of(scaled(self._parts, factor))
 
     __rmul__ = __mul__
 
@@ -457,72 +337,18 @@ class BiasDelta(Mapping[str, torch.Tensor]):
         return self * -1.0
 
     def __add__(self, other: BiasDelta) -> BiasDelta:
-        return self._combine(other, 1.0)
+        return self._of(combined(self._parts, other._parts, 1.0)) if isinstance(other, BiasDelta) else NotImplemented
 
     def __sub__(self, other: BiasDelta) -> BiasDelta:
-        return self._combine(other, -1.0)
+        return self._of(combined(self._parts, other._parts, -1.0)) if isinstance(other, BiasDelta) else NotImplemented
 
-    def _combine(self, other: BiasDelta, sign: float) -> BiasDelta:
-        if not isinstance(other, BiasDelta):
-            return NotImplemented
-        self.check_same_base(other)
-        problems = [
-            f"{name}: other terms of the fused vector are tuned"
-            for name in self
-            if name in other and [b.spans for b in self.biases[name]] != [b.spans for b in other.biases[name]]
-        ]
-        if problems:
-            raise DeltaMismatchError(f"These deltas do not tune the same slices:{collect(problems)}")
-        tensors = {name: tensor + sign * other[name] if name in other else tensor for name, tensor in self.items()}
-        tensors |= {name: sign * tensor for name, tensor in other.items() if name not in self}
-        same = self.head.keys() == other.head.keys() and all(
-            torch.equal(tensor, other.head[name]) for name, tensor in self.head.items()
-        )
-        keeper = self if same or not other.head else other if not self.head else None
-        if self.added and other.added and digest(self.added) != digest(other.added):
-            raise DeltaMismatchError(
-                f"These deltas have added tokens of their own ({self.config.added_tokens} and "
-                f"{other.config.added_tokens}), and a token has one embedding: they cannot be added."
-            )
-        return self._like(tensors, keeper, also=other)
-
-    def _like(
-        self, tensors: Mapping[str, torch.Tensor], head_of: BiasDelta | None, also: BiasDelta | None = None
-    ) -> BiasDelta:
-        """A delta of these tensors, with the head of `head_of`, that tunes what this one and `also` tune."""
-        config = copy.deepcopy(self.config)
-        config.new()
-        for name in ("modules_to_save", "num_labels", "id2label", "problem_type"):
-            setattr(config, name, copy.deepcopy(getattr(head_of.config, name)) if head_of and head_of.head else None)
-        config.task_type = (head_of or self).config.task_type
-        config.settle_task()
-        tokens = self if self.added or also is None else also
-        config.added_tokens, config.base_vocab_size = tokens.config.added_tokens, tokens.config.base_vocab_size
-        if also is not None:
-            config.bias_layout = {**(also.config.bias_layout or {}), **(config.bias_layout or {})}
-            mine, theirs = config.base_fingerprint, also.config.base_fingerprint
-            if mine and theirs:
-                config.base_fingerprint = {**mine, "tensors": {**theirs["tensors"], **mine["tensors"]}}
-            terms = [name for c in (self.config, also.config) for name in _listed(c.bias_terms)]
-            config.bias_terms = "all" if "all" in terms else list(dict.fromkeys(terms))
-            config.add_missing_biases = self.config.add_missing_biases or also.config.add_missing_biases
-            for name in ("target_modules", "exclude_modules", "layers_to_transform"):
-                if getattr(self.config, name) != getattr(also.config, name):
-                    setattr(config, name, None)
-        head = head_of.head if head_of else {}
-        copies = [{name: tensor.clone() for name, tensor in group.items()} for group in (tensors, head, tokens.added)]
-        return BiasDelta(copies[0], config=config, head=copies[1], added=copies[2])
+    @property
+    def _parts(self) -> DeltaParts:
+        return DeltaParts(self._tensors, self.config, self.head, self.added)
 
     def check_same_base(self, other: BiasDelta) -> None:
         """Raises [`BaseModelMismatchError`] where another delta was trained on another base, by their fingerprints."""
-        mine, theirs = self.config.base_fingerprint, other.config.base_fingerprint
-        found, comparable = differing(mine, theirs) if mine and theirs else ([], False)
-        names = [d.config.base_model_name_or_path for d in (self, other)]
-        if found or (not comparable and names[0] != names[1]):
-            raise BaseModelMismatchError(
-                f"These deltas belong to different bases ({names[0]} and {names[1]}), so they cannot be calculated "
-                f"with:{collect([f'{name} differs' for name in found] or ['they share no tensor'])}"
-            )
+        check_same_base(self.config, other.config)
 
 
 def push_with(push: Callable[..., CommitInfo]) -> Callable[..., CommitInfo]:
@@ -570,104 +396,3 @@ def load_delta(
     ```
     """
     return BiasDelta.from_pretrained(path_or_repo, **hub_kwargs).apply_(model, on_base_mismatch=on_base_mismatch)
-
-
-# --- checks ---
-
-
-def _check_tensors(
-    tensors: Mapping[str, torch.Tensor],
-    head: Mapping[str, torch.Tensor],
-    biases: Mapping[str, list[Bias]],
-    leaves: list[str],
-    where: str,
-) -> None:
-    problems = [f"{name} is missing" for name in biases if name not in tensors]
-    problems += [f"{name} is not expected" for name in tensors if name not in biases]
-    for name, group in biases.items():
-        size = sum(bias.num_parameters for bias in group)
-        wanted = group[0].shape if size == math.prod(group[0].shape) else (size,)
-        if name in tensors and tuple(tensors[name].shape) != wanted:
-            problems.append(f"{name} has shape {list(tensors[name].shape)} instead of {list(wanted)}")
-    owners = {name: part_of(name, leaves) for name in head}
-    problems += [f"{name} is not expected" for name, owner in owners.items() if owner is None]
-    problems += [f"the head's {leaf} is missing" for leaf in leaves if leaf not in owners.values()]
-    if problems:
-        raise DeltaFormatError(
-            f"{where}: the tensors are not those that adapter_config.json describes:{collect(problems)}\n"
-            "Save or fetch the delta again."
-        )
-    check_values({**tensors, **head}, where=where)
-
-
-def _check_added(added: Mapping[str, torch.Tensor], count: int, where: str) -> None:
-    problems = [
-        f"{name} has {len(tensor)} rows"
-        for name, tensor in added.items()
-        if tensor.dim() not in (1, 2) or len(tensor) != count
-    ]
-    if bool(count) != any(tensor.dim() == 2 for tensor in added.values()):
-        problems.append(f"there are {len(added)} tensors of added tokens")
-    if problems:
-        raise DeltaFormatError(
-            f"{where}: adapter_config.json counts {count} added tokens:{collect(problems)}\n"
-            "Save or fetch the delta again."
-        )
-    check_values(dict(added), where=where)
-
-
-def _check_only_biases_differ(
-    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], biases: set[str], head: list[str]
-) -> None:
-    problems = []
-    for name, tensor in after.items():
-        if name in biases or part_of(name, head) is not None:
-            continue
-        if name not in before:
-            problems.append(f"{name} is not in the base")
-        elif before[name].shape != tensor.shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, the base's {list(before[name].shape)}")
-        elif not torch.equal(before[name].to(tensor.dtype), tensor):
-            gap = (before[name].float() - tensor.float()).abs().max().item()
-            problems.append(f"{name} differs by {gap:.1e}")
-    problems += [
-        f"{name} has shape {list(after[name].shape)}, the base's {list(before[name].shape)}"
-        for name in sorted(biases)
-        if name in before and before[name].shape != after[name].shape
-    ]
-    problems += [f"{n} is not in the tuned model" for n in before if n not in after and part_of(n, head) is None]
-    if problems:
-        raise DeltaMismatchError(
-            f"These checkpoints differ in more than biases and head, so no bias delta leads from one to the other:"
-            f"{collect(problems)}\nIs it the right base, and was nothing else trained?"
-        )
-
-
-def leaf_of(name: str, leaves: list[str]) -> str | None:
-    """The one of the head's `leaves` that the tensor `name` belongs to."""
-    return next((leaf for leaf in leaves if name.startswith(f"{leaf}.")), None)
-
-
-def _tokens_between(base: nn.Module, tuned: nn.Module) -> AddedTokens | None:
-    """The tokens that a tuned checkpoint has beyond its base."""
-    sizes = vocabulary_size(base), vocabulary_size(tuned)
-    if sizes[0] is None or sizes[1] is None or sizes[0] >= sizes[1]:
-        return None
-    return fit_added_tokens(tuned, sizes[0], sizes[1] - sizes[0])
-
-
-def _group(biases: list[Bias]) -> dict[str, list[Bias]]:
-    grouped: dict[str, list[Bias]] = {}
-    for bias in biases:
-        grouped.setdefault(bias.name, []).append(bias)
-    return grouped
-
-
-def _listed(bias_terms: Any) -> list[str]:
-    return [bias_terms] if isinstance(bias_terms, str) else list(bias_terms)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    # DTensors of a sharded model know how to put themselves together.
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().cpu().clone()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ OnMismatch = Literal["raise", "warn", "ignore"]
 _policy: ContextVar[OnMismatch] = ContextVar("bitfit_base_mismatch", default="raise")
 
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOADERS = ("bitfit_hf", "peft", "transformers")
 _DIGEST = re.compile(r"[0-9a-f]{12}")
 _MANTISSA_BITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 
@@ -307,7 +309,7 @@ def check_base(
             f"whether {found} has the same weights is not checked. Save the delta again from the model that it was "
             'trained in, or pass `on_base_mismatch="ignore"` (or load inside `with '
             'bitfit_hf.base_mismatch("ignore"):`) if you know that it is the right base.',
-            stacklevel=3,
+            stacklevel=_users_level(),
         )
         return
     problems = differences(model, expected, base_rows)
@@ -322,4 +324,12 @@ def check_base(
     )
     if policy == "raise":
         raise BaseModelMismatchError(message)
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The `stacklevel` that names the user's own line: the first outside of the libraries that load deltas."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LOADERS:
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level

@@ -205,3 +205,9 @@ def library_class(cls: type) -> type:
     own = (base for base in cls.__mro__ if base.__module__.partition(".")[0] == "transformers")
     found: type[PreTrainedModel] | None = next(own, None)
     return cls if found is None or found.forward is PreTrainedModel.forward else found
+
+
+def class_record(model: PreTrainedModel) -> dict[str, str]:
+    """The class that a model was trained in, as PEFT's `auto_mapping` in `adapter_config.json` names it."""
+    cls = library_class(type(model))
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}

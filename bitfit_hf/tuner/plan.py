@@ -33,7 +33,7 @@ from ..terms import (
 )
 from ..terms.base_bias import overwritten
 from ..terms.structure import shape_of, stock_module, stock_root, walk
-from ..terms.tasks import library_class, peft_task_type
+from ..terms.tasks import class_record, peft_task_type
 from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
 from .head import BitFitHead, Labels, float32_copy
 from .layer import BitFitLayer
@@ -369,8 +369,7 @@ def _values(
         values["task_type"] = peft_task_type(model)
     if config.auto_mapping is None and isinstance(model, PreTrainedModel):
         # PEFT's place for the class that was trained; it fills it in only where there is no `task_type`.
-        cls = library_class(type(model))
-        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        values["auto_mapping"] = class_record(model)
     return values
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load as load_tensors
 from torch import nn
 from trainer_tester import trainer_for
 from transformers import Trainer, pipeline
-from tuner_tester import PREFIX, Tensors, add_by_hand, file_tensors, fill_
+from tuner_tester import PREFIX, Tensors, file_tensors, fill_
 from typer.testing import CliRunner
 
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, load_delta, push_to_hub
@@ -96,11 +96,10 @@ def _beside_another(task: Task, folder: Path) -> Made:
 
 
 def _extracted(task: Task, folder: Path) -> Made:
-    values = file_tensors(fill_(get_peft_model(task.load(), BitFitConfig(**task.config))))
-    model = add_by_hand(task.load(), values)
+    model = fill_(get_peft_model(task.load(), BitFitConfig(**task.config))).merge_and_unload()
     batch = {name: torch.stack([row[name] for row in task.rows()]) for name in task.rows()[0]}
     model(**batch)  # the problem type follows from the labels
-    return Made(task, model, delta=BiasDelta.from_models(task.load(), model))
+    return Made(task, model.eval(), delta=BiasDelta.from_models(task.base_model(), model))
 
 
 def _trained(task: Task, model: nn.Module, folder: Path, callback: BitFitCallback | None = None) -> Made:
@@ -396,11 +395,8 @@ NOTES = {"run", "inference_mode"}
 
 def makings(task: Task) -> list[str]:
     """The ways of making a delta for a task."""
-    left_out = {
-        "get_peft_model with task_type": task.task_type is None,  # PEFT has no names for some tasks
-        "BiasDelta.from_models": task.new_tokens > 0,  # it is for models that differ in nothing but biases and head
-    }
-    return [name for name in MAKINGS if not left_out.get(name)]
+    # PEFT has no names for some tasks.
+    return [name for name in MAKINGS if task.task_type or name != "get_peft_model with task_type"]
 
 
 def savings(making: str) -> list[str]:

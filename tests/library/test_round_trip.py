@@ -55,10 +55,9 @@ CASES = [(name, making) for name, task in TASKS.items() for making in makings(ta
 
 def test_the_size_of_the_matrix() -> None:
     assert (len(TASKS), len(MAKINGS), len(SAVINGS), len(LOADINGS)) == (18, 6, 7, 12)
-    # PEFT has no name for four of the tasks, and a model with more tokens differs from its base in more than biases.
-    assert len(CASES) == 18 * 6 - 4 - 1
+    assert len(CASES) == 18 * 6 - 4  # PEFT has no name for four of the tasks
     found = list(cells())
-    assert len(found) == len(set(found)) == 6405
+    assert len(found) == len(set(found)) == 6423
     tried = Counter(pair for case in range(len(CASES)) for pair in some(case))
     assert set(tried) == {(saving, loading) for _, _, saving, loading in found}
     assert len(tried) == 7 * 10 + 2
@@ -265,4 +264,4 @@ def test_what_one_way_refuses_all_refuse(
 def test_the_number_of_damages() -> None:
     assert set(SOME_DAMAGE) <= set(DAMAGE)
     assert len(DAMAGE) == len(BROKEN) - 1 + 2
-    assert len(SHOWN_BY_THE_BASE) == 8 + 2 + 7
+    assert not SHOWN_BY_THE_BASE - set(DAMAGE)
