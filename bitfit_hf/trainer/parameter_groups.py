@@ -86,7 +86,7 @@ def trainable_head(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str,
         for adapter, module in leaf.modules_to_save.items():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    target = decayed if parameter.dim() > 1 else plain
+                    target = decayed if leaf.is_weight(parameter) else plain
                     target[f"{adapter}:{path}.{name}"] = parameter
     return decayed, plain
 

@@ -99,6 +99,10 @@ class BitFitHead(ModulesToSaveWrapper):
         """Where this wrapper is, without what other wrappers insert, given the stock path of what it stands for."""
         return path
 
+    def is_weight(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of a copy is one that weight decay is for: no bias, and no norm's."""
+        return parameter.dim() > 1
+
     def forget(self, adapter_name: str) -> None:
         """Removes an adapter and all that is kept for it; nothing where there is none."""
         if adapter_name in self.modules_to_save:

@@ -67,6 +67,10 @@ class HeadParameter(BitFitHead):
         value = lent(getattr(self.modules_to_save[name], VALUE), self._place[0])
         return value if base is None else value.to(base.dtype)
 
+    def is_weight(self, parameter: nn.Parameter) -> bool:
+        """Whether weight decay is for it. That is known by its name alone, which the Trainer goes by too."""
+        return "bias" not in self._place[1]
+
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:

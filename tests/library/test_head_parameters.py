@@ -29,7 +29,7 @@ from tuner_tester import (
     state,
 )
 
-from bitfit_hf import BiasDelta, BitFitConfig, TaskBank, load_delta
+from bitfit_hf import BiasDelta, BitFitConfig, TaskBank, load_delta, optimizer_groups
 from bitfit_hf.delta.lora_export import export_stock
 from bitfit_hf.errors import BitFitError, DeltaMismatchError, StockExportError, UnsupportedLayerError
 
@@ -212,6 +212,19 @@ def test_outputs_equal_those_of_a_stock_model_with_these_values(name: str) -> No
         arch.build(), {key: t for key, t in file_tensors(model).items() if key not in PARAMETERS[name]}
     )
     assert distance(outputs(model, arch), outputs(without, arch)) > 1e-2
+
+
+@EVERY
+def test_the_optimizer_trains_them_and_decays_all_but_biases(name: str) -> None:
+    model = get_peft_model(ARCHES[name].build(), BitFitConfig())
+    groups = optimizer_groups(model, 1e-3, head_learning_rate=1e-2, weight_decay=0.1)
+    held = {id(p): group for group in groups for p in group["params"]}
+    live = dict(model.named_parameters())
+    for parameter in PARAMETERS[name]:
+        group = held[id(live[f"{PREFIX}bitfit_head_{parameter}.modules_to_save.default.bitfit_value"])]
+        assert group["lr"] == 1e-2
+        assert group["weight_decay"] == (0.0 if "bias" in parameter else 0.1)
+    assert held.keys() == {id(p) for p in live.values() if p.requires_grad}
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
