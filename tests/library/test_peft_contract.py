@@ -1,14 +1,8 @@
 """What PEFT's own suite asks of every method, asked here of the architectures of this suite.
 
-<<<<<<< HEAD
-PEFT's `tests/test_custom_models.py` (0.21.2) passes with BitFit as a method in its tables (22 cases: MLPs, LayerNorms,
-Conv1D, convolutions, `nn.MultiheadAttention`, with and without `modules_to_save`), taught that `init_weights=False`
-starts from random deltas. What it asks for and BitFit does otherwise, by contract:
-=======
 PEFT's `tests/test_custom_models.py` (0.21.2) passes with BitFit as a method in its tables (22 cases: MLPs, norms,
 Conv1D, convolutions, `nn.MultiheadAttention`, with and without `modules_to_save`), taught `init_weights=False` to
 start from random deltas. What it asks for and BitFit does otherwise, by contract:
->>>>>>> house
 
 - a card that says `library_name: peft` for a model without a configuration (`test_save_pretrained`);
 - weights as pickles (`test_save_pretrained_pickle`);
