@@ -47,10 +47,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor") or is_partitioned(tensor)
 
 
-def is_lent(parameter: torch.Tensor) -> bool:
-    """Whether this is a view of FSDP1's whole buffer, in the place of a parameter while its module computes."""
-    # Once the buffer has been given back, the view that is still there points to nothing.
-    return not isinstance(parameter, nn.Parameter) and parameter.untyped_storage().nbytes() > 0
+def is_flattened(parameter: torch.Tensor) -> bool:
+    """Whether FSDP1 keeps the values of this parameter in its flat buffer, so that its module cannot compute now.
+
+    While the module computes, a view of the whole buffer is in the parameter's place. FSDP2, which leaves the same
+    marks on its modules, has a whole parameter there.
+    """
+    if isinstance(parameter, nn.Parameter):
+        return getattr(parameter, "_fsdp_flattened", False)
+    return parameter.untyped_storage().nbytes() == 0  # a view that is left when the buffer has been given back
 
 
 def is_partitioned(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..backends.sharded import is_lent
+from ..backends.sharded import is_flattened
 
 
 class BiasOwner(Protocol):
@@ -90,7 +90,7 @@ def _reading_property(name: str) -> property:
             stored = attributes[name]
         else:
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
-        if stored is not None and "_fsdp_use_orig_params" in attributes and not is_lent(stored):
+        if stored is not None and "_fsdp_use_orig_params" in attributes and is_flattened(stored):
             return stored  # it is FSDP1 that looks, and would write anything else into its buffer
         return attributes["_bitfit_owners"][name].effective_bias(name, stored)
 

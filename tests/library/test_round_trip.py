@@ -73,7 +73,7 @@ def hub_of_bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackH
         env.login("alice")
         put_bases(hub)
         # A picture for the card, and compiling the card's template each time, take longer than all the rest.
-        env.monkeypatch.setitem(sys.modules, "matplotlib", None)
+        env.monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         env.monkeypatch.setattr(jinja2.Environment, "compile", compile_once())
         yield hub
 
