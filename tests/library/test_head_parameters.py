@@ -143,6 +143,8 @@ MODULES = {
     "tapas": [],
     "crf": ["classifier"],
 }
+# It shifts the logits of all columns, and a softmax follows: its gradient is rounding noise, or none at all.
+DEAD = {"column_output_bias"}
 EVERY = pytest.mark.parametrize("name", ARCHES)
 
 
@@ -176,7 +178,8 @@ def test_they_are_trained_and_the_model_s_own_stay(name: str) -> None:
         (output.loss if arch.trainable else (output.logits**2).mean()).backward()
         optimizer.step()
     after = file_tensors(model)
-    assert all(not torch.equal(after[parameter], start[parameter]) for parameter in PARAMETERS[name])
+    alive = [parameter for parameter in PARAMETERS[name] if parameter not in DEAD]
+    assert all(not torch.equal(after[parameter], start[parameter]) for parameter in alive)
     assert same_tensors(base_tensors(model), base)
     root = model.get_base_model()
     assert all(not root._parameters[parameter].requires_grad for parameter in PARAMETERS[name])
