@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..tuner.call_stack import callers
+
 if TYPE_CHECKING:
     from transformers import Trainer
-
-# The frames between an event of the constructor and the constructor: those of the callback and its handler.
-_MAX_DEPTH = 10
 
 
 def trainer_being_made() -> Trainer | None:
@@ -27,14 +25,10 @@ def trainer_being_made() -> Trainer | None:
     from transformers import Trainer  # whoever makes one has loaded this large module; importing bitfit_hf does not
 
     constructor = inspect.unwrap(Trainer.__init__).__code__
-    frame = sys._getframe(1)
-    for _ in range(_MAX_DEPTH):
-        if frame is None:
-            break
+    for frame in callers():
         if frame.f_code is constructor:
             trainer = frame.f_locals.get("self")
             return trainer if isinstance(trainer, Trainer) else None
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 

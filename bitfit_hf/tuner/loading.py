@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,7 @@ from ..storage.fetch import fetch_delta
 from ..storage.files import check_digest, check_values, read_pair
 from ..storage.fingerprint import check_base
 from .added_tokens import base_rows_of
-
-# The frames between the tuner and a way of loading: the tuner's, and the constructors of PEFT's wrappers.
-_MAX_DEPTH = 10
+from .call_stack import callers
 
 
 @dataclass(frozen=True)
@@ -118,14 +115,10 @@ class Loading:
 
 def loading_in_progress() -> Loading | None:
     """What the stock way of loading that called the tuner was asked for; `None` where an adapter is made anew."""
-    frame = sys._getframe(1)
-    for _ in range(_MAX_DEPTH):
-        if frame is None:
-            break
+    for frame in callers():
         read = _CALLERS.get(frame.f_code)
         if read is not None:
             return read(frame.f_locals)
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
