@@ -62,6 +62,9 @@ class BitFitConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules to train and save whole beside the task head, which is found by itself. After injection this holds
             the full list of the head's parts, see [`bitfit_hf.terms.head_modules`].
+        train_untrained_pooler (`bool`, *optional*, defaults to `True`):
+            Whether a pooler that was never trained belongs to the head. Such a pooler (its bias is exactly zero, as in
+            sentence encoders) sends every text through a random projection. `False` keeps its weight frozen.
         add_missing_biases (`bool`, *optional*, defaults to `False`):
             Gives each targeted projection that has no bias one at exactly zero (Llama, T5, …). Norms and LM heads get
             one only when their term is named.
@@ -113,6 +116,9 @@ class BitFitConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train whole beside the task head, which is found by itself."}
+    )
+    train_untrained_pooler: bool = field(
+        default=True, metadata={"help": "Trains a pooler that was never trained whole, as a part of the head."}
     )
     add_missing_biases: bool = field(
         default=False, metadata={"help": "Gives targeted projections without a bias one that starts at zero."}
@@ -437,6 +443,7 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "layers_to_transform": _kind(
         "an integer or a list of integers", lambda v: _is_int(v) or (isinstance(v, list) and all(map(_is_int, v)))
     ),
+    "train_untrained_pooler": _kind("a boolean", lambda v: isinstance(v, bool)),
     "add_missing_biases": _kind("a boolean", lambda v: isinstance(v, bool)),
     "inference_mode": _kind("a boolean", lambda v: isinstance(v, bool)),
     "task_type": _kind(f"one of {', '.join(member.value for member in TaskType)}", lambda v: v in list(TaskType)),

@@ -16,7 +16,7 @@ from ..config import BitFitConfig
 from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, BitFitError, DeltaMismatchError, TaskBankError, collect
 from ..storage.fingerprint import OnMismatch, check_base
-from ..terms import head_modules, part_of, part_tensors
+from ..terms import head_modules, part_of, part_tensors, pooler_modules
 from ..terms.structure import walk
 from ..terms.tasks import BY_PEFT_NAME, FEATURE_EXTRACTION, TASKS, library_class, task_of_class
 from ..tuner.reading import stock_class
@@ -145,7 +145,7 @@ class TaskModels:
     def __init__(self, base: Base) -> None:
         self._base = base
         self.of_base = TaskModel(base, base.model, {})
-        self._known: dict[tuple[type, int | None], TaskModel] = {}
+        self._known: dict[tuple[type, int | None, frozenset[str]], TaskModel] = {}
 
     def find(self, delta: BiasDelta, tokenizer: Any = None) -> TaskModel:
         """The model of a delta's task.
@@ -164,20 +164,20 @@ class TaskModels:
             return self._without_head(classes, config)
         fitting: dict[type, TaskModel] = {}
         reasons = []
+        wanted = frozenset(config.modules_to_save or [])
         for cls in classes:
             try:
-                found = self._known.get((cls, config.num_labels)) or _make(base, cls, config, tokenizer)
+                found = self._known.get((cls, config.num_labels, wanted)) or _make(base, cls, config, tokenizer)
             except BitFitError as error:
                 reasons.append(str(error))
                 continue
-            wanted = set(config.modules_to_save or [])
             if set(found.head) == wanted:
                 fitting[cls] = found
             else:
                 reasons.append(f"the head of a {cls.__name__} is {sorted(found.head)}, the delta's {sorted(wanted)}")
         if len(fitting) == 1:
             ((cls, found),) = fitting.items()
-            return self._known.setdefault((cls, config.num_labels), found)
+            return self._known.setdefault((cls, config.num_labels, wanted), found)
         origin = f"a delta trained on {config.base_model_name_or_path!r}"
         if fitting:
             raise TaskBankError(
@@ -196,7 +196,7 @@ class TaskModels:
         if own in classes:
             return self.of_base
         if backbone in classes:
-            key = (backbone, None)
+            key = (backbone, None, frozenset[str]())
             if key not in self._known:
                 self._known[key] = TaskModel(base, base.run_once(base.backbone), {})  # type: ignore[arg-type]
             return self._known[key]
@@ -252,7 +252,9 @@ def _make(base: Base, cls: type[PreTrainedModel], config: BitFitConfig, tokenize
         settings.pad_token_id = tokenizer.pad_token_id
     with torch.device("meta"):
         model: PreTrainedModel = cls(settings).eval()
-    modules, paths = dict(walk(model)), head_modules(model)
+    modules = dict(walk(model))
+    own_pooler = [path for path in pooler_modules(model) if path in (config.modules_to_save or ())]
+    paths = head_modules(model, modules_to_save=own_pooler)
     tensors = part_tensors(model, paths)
     head = {path: modules[path].float() if path in modules else HeadParameter(tensors[path].float()) for path in paths}
     _adopt(base, model, head)

@@ -141,7 +141,7 @@ def load_model(
             output_loading_info=True,
         )
     if complete:
-        head = head_modules(model)
+        head = head_modules(model, with_untrained_pooler=False)
         missing = [name for name in report["missing_keys"] if part_of(name, head) is None]
         if missing:
             raise CheckpointError(

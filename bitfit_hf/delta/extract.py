@@ -17,7 +17,7 @@ from ..storage.base_commit import base_commit
 from ..storage.bias_layout import encode_layout
 from ..storage.fingerprint import fingerprint
 from ..storage.keys import bias_of_key, is_added
-from ..terms import find_biases, head_modules, part_of, part_tensors
+from ..terms import class_head, find_biases, head_modules, part_of, part_tensors, untrained_pooler
 from ..terms.base_bias import add_deltas, base_bias
 from ..terms.structure import stock_root, walk
 from ..terms.tasks import class_record, peft_task_type
@@ -58,10 +58,15 @@ def extract_difference(base: nn.Module, tuned: nn.Module) -> DeltaParts:
     """The work of [`BiasDelta.from_models`]."""
     base, tuned = stock_root(base), stock_root(tuned)
     layers, tuned_layers = dict(walk(base)), dict(walk(tuned))
-    head_names = head_modules(tuned)
-    biases = [bias for bias in find_biases(tuned) if bias.exists]
     before: dict[str, torch.Tensor] = dict(base.named_parameters(remove_duplicate=False))
     after: dict[str, torch.Tensor] = dict(tuned.named_parameters(remove_duplicate=False))
+    pooler = _trained_from_scratch(base, before, after)
+    head_names = head_modules(tuned, modules_to_save=pooler, with_untrained_pooler=False)
+    biases = [
+        bias
+        for bias in find_biases(tuned, with_untrained_pooler=False)
+        if bias.exists and part_of(bias.name, head_names) is None
+    ]
     tuned_ones = {id(after[bias.name]) for bias in biases}
     names = {name for name, tensor in after.items() if id(tensor) in tuned_ones}  # tied ones have several
     added: dict[str, torch.Tensor] = {}
@@ -75,7 +80,7 @@ def extract_difference(base: nn.Module, tuned: nn.Module) -> DeltaParts:
         after |= {name: after[name][:rows] for name, rows in tokens.base_rows.items() if name in after}
     _check_only_biases_differ(before, after, names, head_names)
 
-    own = {bias.name for bias in find_biases(base)}
+    own = {bias.name for bias in find_biases(base, with_untrained_pooler=False)}
     biases = [b if b.name in own else replace(b, exists=False) for b in biases]
     deltas, errors = {}, [0.0]
     for name, group in grouped(biases).items():
@@ -101,7 +106,7 @@ def extract_difference(base: nn.Module, tuned: nn.Module) -> DeltaParts:
         base_model_name_or_path=getattr(base, "name_or_path", None) or None,
         revision=base_commit(getattr(base, "name_or_path", None), prints),
         base_fingerprint=prints,
-        base_num_parameters=num_base_parameters(base, head_modules(base)) or None,
+        base_num_parameters=num_base_parameters(base, [*class_head(base), *pooler]) or None,
         bias_layout=encode_layout(biases),
         added_tokens=None if tokens is None else tokens.count,
         base_vocab_size=None if tokens is None else tokens.start,
@@ -111,6 +116,24 @@ def extract_difference(base: nn.Module, tuned: nn.Module) -> DeltaParts:
         for name, tensor in part_tensors(tuned, head_names).items()
     }
     return DeltaParts(deltas, config, head, added, error=max(errors))
+
+
+def _trained_from_scratch(
+    base: nn.Module, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """The modules of an untrained pooler of the base whose weights were trained with the head.
+
+    Where its weights are the base's, at most its biases were trained, and these are deltas like any other.
+    """
+    pooler = untrained_pooler(base)
+    of_pooler = [name for name in before if name in after and part_of(name, pooler)]
+    biases = {bias.name for bias in find_biases(base, with_untrained_pooler=False)}
+    same = all(
+        before[name].shape == after[name].shape and torch.equal(before[name].to(after[name].dtype), after[name])
+        for name in of_pooler
+        if name not in biases
+    )
+    return [] if same else pooler
 
 
 def _check_only_biases_differ(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, NoMatchError, UnknownHeadError, collect
+from .pooler import untrained_pooler
 from .structure import stock_module, stock_root, walk
 
 # The class families whose head is new. Everything outside their backbone belongs to it.
@@ -63,12 +64,17 @@ _AUTOMATIC = frozenset(name for names in PEFT_NAMES.values() for name in names)
 
 
 def head_modules(
-    model: nn.Module, task_type: str | None = None, modules_to_save: Sequence[str] | None = None
+    model: nn.Module,
+    task_type: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    *,
+    with_untrained_pooler: bool = True,
 ) -> list[str]:
     """Finds the new task head, the part that is trained and stored whole.
 
     For sequence, token, image, video and audio classification, question answering and multiple choice the head is
-    everything outside the backbone. Language models, and backbones themselves, have none.
+    everything outside the backbone, and the backbone's pooler where it was never trained, see [`untrained_pooler`].
+    Language models, and backbones themselves, have none.
 
     Args:
         model (`torch.nn.Module`): A model, stock or with adapters injected, or a `PeftModel`.
@@ -78,6 +84,8 @@ def head_modules(
         modules_to_save (`Sequence[str]`, *optional*):
             More to train whole: modules, or parameters that lie in no leaf, as path or dotted end of one. Given, even
             if empty, it also says what the head is for a class that has no rule.
+        with_untrained_pooler (`bool`, *optional*, defaults to `True`):
+            Whether a pooler that was never trained is counted as part of the head.
 
     Returns:
         `list[str]`: The stock names of the head's parts in definition order: paths of the modules that hold its
@@ -125,12 +133,14 @@ def head_modules(
             f"Its parts with parameters are: {', '.join([*_own_parameters('', root), *children])}."
         )
     chosen = added.union(own or ())
+    if own and with_untrained_pooler:
+        chosen.update(untrained_pooler(root))
     everything = [name for path, module in modules.items() for name in (path, *_own_parameters(path, module))]
     return [name for name in everything if name in chosen]
 
 
 def class_head(model: nn.Module, task_type: str | None = None) -> list[str]:
-    """The head by the model's class alone; empty where that has none, or no rule says which it is.
+    """The head by the model's class alone, without a pooler; empty where no rule says which it is, or that none is.
 
     Args:
         model (`torch.nn.Module`), task_type (`str`, *optional*): See [`head_modules`].

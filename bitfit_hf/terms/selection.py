@@ -24,7 +24,9 @@ ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers
 _ADDED_IF_NAMED = frozenset({"attention_layernorm", "output_layernorm", "embedding_layernorm", "lm_head"})
 
 
-def find_biases(model: nn.Module, *, add_missing_biases: bool = False) -> list[Bias]:
+def find_biases(
+    model: nn.Module, *, add_missing_biases: bool = False, with_untrained_pooler: bool = True
+) -> list[Bias]:
     """Finds every bias term outside the task head.
 
     A bias term is a vector that is *added*: the bias of a known kind of module (linear, convolution, norm, ...), or a
@@ -34,6 +36,8 @@ def find_biases(model: nn.Module, *, add_missing_biases: bool = False) -> list[B
         model (`torch.nn.Module`): A model, stock or with adapters injected, or a `PeftModel`; meta tensors will do.
         add_missing_biases (`bool`, *optional*, defaults to `False`):
             Also list the projections, norms and LM heads that could be given a bias, with `exists=False`.
+        with_untrained_pooler (`bool`, *optional*, defaults to `True`): See [`head_modules`]; what is in the head is
+            not listed.
 
     Returns:
         `list[Bias]`: In model order. A fused projection gives one entry per term; a tied bias is listed once. In a
@@ -41,14 +45,16 @@ def find_biases(model: nn.Module, *, add_missing_biases: bool = False) -> list[B
 
     Example:
         ```python
-        >>> biases = find_biases(BertForSequenceClassification(BertConfig()))
+        >>> biases = find_biases(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
         >>> sum(bias.num_parameters for bias in biases)
         102912
         ```
     """
     survey = survey_model(model)
     return [
-        found.bias for found in _outside_head(survey, _known_head(survey)) if found.bias.exists or add_missing_biases
+        found.bias
+        for found in _outside_head(survey, _known_head(survey, with_untrained_pooler=with_untrained_pooler))
+        if found.bias.exists or add_missing_biases
     ]
 
 
@@ -83,6 +89,7 @@ def select_biases(
     add_missing_biases: bool = False,
     modules_to_save: Sequence[str] | None = None,
     task_type: str | None = None,
+    with_untrained_pooler: bool = True,
 ) -> list[Bias]:
     """Chooses the bias terms to tune: those that every argument agrees on.
 
@@ -99,7 +106,7 @@ def select_biases(
             Give each chosen projection without a bias one. Norms and LM heads get one only if `bias_terms` names
             their term (`"all"` does not).
         modules_to_save (`Sequence[str]`, *optional*): See [`head_modules`]. The head's biases are never selected.
-        task_type (`str`, *optional*): See [`head_modules`].
+        task_type (`str`, *optional*), with_untrained_pooler (`bool`, *optional*): See [`head_modules`].
 
     Returns:
         `list[Bias]`: At least one, in model order.
@@ -124,7 +131,7 @@ def select_biases(
     layers = _check_layers(layers_to_transform)
 
     survey = survey_model(model)
-    head = head_modules(model, task_type=task_type, modules_to_save=modules_to_save)
+    head = head_modules(model, task_type, modules_to_save, with_untrained_pooler=with_untrained_pooler)
     _check_entries(survey, targets, "target_modules")
     _check_entries(survey, excluded, "exclude_modules")
     _check_range(survey, layers)
@@ -164,11 +171,11 @@ class _Rule:
 # --- the head --------------------------------------------------------------------------------------------------------
 
 
-def _known_head(survey: Survey) -> list[str]:
+def _known_head(survey: Survey, *, with_untrained_pooler: bool = True) -> list[str]:
     """The head by the model's class, and what adapters train whole; a class without a rule is no error here."""
     saved = saved_modules(survey.root)
     try:
-        return [*head_modules(survey.root), *saved]
+        return [*head_modules(survey.root, with_untrained_pooler=with_untrained_pooler), *saved]
     except UnknownHeadError:
         return saved
 

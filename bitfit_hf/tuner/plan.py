@@ -15,7 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import BitFitConfig
-from ..errors import AdapterNameError, AddedTokensError, DeltaMismatchError, NoMatchError, UnsupportedLayerError
+from ..errors import (
+    AdapterNameError,
+    AddedTokensError,
+    ConfigError,
+    DeltaMismatchError,
+    NoMatchError,
+    UnsupportedLayerError,
+)
 from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
 from ..storage.fingerprint import check_base, fingerprint
@@ -29,9 +36,12 @@ from ..terms import (
     head_modules,
     part_of,
     part_tensors,
+    pooler_modules,
     select_biases,
+    untrained_pooler,
 )
 from ..terms.base_bias import overwritten
+from ..terms.selection import fits
 from ..terms.structure import shape_of, stock_module, stock_root, walk
 from ..terms.tasks import class_record, peft_task_type
 from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
@@ -137,11 +147,18 @@ def make_plan(
         # What the file says was tuned and trained, whatever this version would choose.
         head = []
         if config.modules_to_save:
-            head = head_modules(model, task_type=config.task_type, modules_to_save=config.modules_to_save)
+            head = head_modules(model, config.task_type, config.modules_to_save, with_untrained_pooler=False)
         biases = find_places(model, decode_layout(config.bias_layout), head, base=name, base_rows=base_rows)
     else:
         head, biases = _selection(model, config, config.modules_to_save)
         unknown = [] if config.pending else _not_in_checkpoint(model, biases, resized=base_rows)
+        frozen = [path for path in pooler_modules(model) if path in unknown]
+        if frozen:
+            raise ConfigError(
+                f"{frozen[0]} is not in the checkpoint of {type(model).__name__} and starts at random, so it cannot "
+                "be left frozen: every process that loads the base would make another one. Leave it to the head, "
+                "without `train_untrained_pooler=False` and `exclude_modules`."
+            )
         if unknown and head:
             logger.warning(
                 "%s is not in the checkpoint of %s and starts at random, so it is trained and saved whole, with the "
@@ -175,7 +192,7 @@ def make_plan(
         biases=biases if tokens is None else tokens.in_model(biases),
         parameters=parameters,
         head=head,
-        middle=frozenset(head).difference(class_head(model, config.task_type)),
+        middle=frozenset(head).difference(class_head(model, config.task_type), pooler_modules(model)),
         labels=labels,
         logits=logits,
         labels_at=(logits or head[-1]) if labels is not None else None,
@@ -212,7 +229,11 @@ def _check_output_biases(biases: list[Bias], tokens: AddedTokens) -> None:
 def _selection(
     model: nn.Module, config: BitFitConfig, modules_to_save: list[str] | None
 ) -> tuple[list[str], list[Bias]]:
-    head = head_modules(model, task_type=config.task_type, modules_to_save=modules_to_save)
+    excluded = config.exclude_modules
+    pooler = config.train_untrained_pooler and not (
+        excluded is not None and any(fits(path, excluded) for path in untrained_pooler(model))
+    )
+    head = head_modules(model, config.task_type, modules_to_save, with_untrained_pooler=pooler)
     biases = select_biases(
         model,
         bias_terms=config.bias_terms,
@@ -222,6 +243,7 @@ def _selection(
         add_missing_biases=config.add_missing_biases,
         modules_to_save=modules_to_save,
         task_type=config.task_type,
+        with_untrained_pooler=pooler,
     )
     return head, biases
 

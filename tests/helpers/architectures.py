@@ -74,10 +74,17 @@ class Architecture:
         return self.family != "plain"
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The model in eval mode. Equal seeds give equal tensors; the caller's random state is left alone."""
+        """The model in eval mode. Equal seeds give equal tensors; the caller's random state is left alone.
+
+        It stands for a pre-trained one, whose pooler was trained: the pooler's biases are not zero.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.factory().eval()
+            model = self.factory().eval()
+            for name, parameter in model.named_parameters():
+                if "pooler" in name and name.endswith("bias"):
+                    nn.init.normal_(parameter, std=0.02)
+            return model
 
     def inputs(self, batch_size: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
         """Keyword arguments for `forward`, the same on every call."""

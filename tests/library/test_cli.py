@@ -429,7 +429,9 @@ def test_diff_of_slices_and_of_other_bases(run: Run, files: Files, tmp_path: Pat
 
 def test_diff_of_models_of_another_size(run: Run, files: Files, tmp_path: Path) -> None:
     config = BertConfig.from_pretrained(files.base, intermediate_size=48)
-    type(BERT.build())(config).save_pretrained(tmp_path / "wider")
+    wider = type(BERT.build())(config)
+    torch.nn.init.ones_(wider.bert.pooler.dense.bias)  # a trained pooler's is not zero
+    wider.save_pretrained(tmp_path / "wider")
     make_delta(tmp_path / "wider", tmp_path / "on-wider")
     values = run("diff", files.delta, tmp_path / "on-wider", "--json").json
     assert values["same_base"] is False
