@@ -11,17 +11,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, TaskType
 
-from .errors import BitFitError, ConfigError, DeltaFormatError, DeltaMismatchError, collect
-from .storage.bias_layout import decode_layout, plain_layout
-from .storage.files import CONFIG_FILE, digest, encode_config, write_bytes
+from .errors import BitFitError, ConfigError, DeltaFormatError, collect
+from .storage.bias_layout import check_choice, decode_layout, plain_layout
+from .storage.files import CONFIG_FILE, SavedState, encode_config, write_bytes
 from .storage.fingerprint import plain_fingerprint
-from .storage.keys import is_added
-from .terms import Bias, SavedNames, resolve_terms
-from .terms.selection import ALL_LINEAR, fits
-from .terms.tasks import BY_PEFT_NAME
+from .terms import SavedNames, resolve_terms
+from .terms.tasks import task_type_without_head
 from .training_run import TrainingRun
 
 
@@ -85,7 +82,16 @@ class BitFitConfig(PeftConfig):
             How many parameters the base has without the task head; filled in at injection.
         run ([`TrainingRun`], *optional*):
             Facts of the training that the delta comes from; filled in by [`BitFitCallback`], shown in the model card.
-        bitfit_version (`str`, *optional*): Version of `bitfit_hf` that wrote the configuration.
+        bitfit_version (`str`, *optional*):
+            Version of `bitfit_hf` that wrote the configuration. It is there from reading the file until the tensors
+            that belong to it are in a model, see [`bitfit_hf.tuner.lifecycle`].
+
+    Attributes:
+        given_base (`str`, *optional*):
+            The base's name that the user gave, or that came with a delta. PEFT overwrites `base_model_name_or_path`
+            with the path that the model was loaded from; the given name wins over it.
+        last_state ([`SavedState`], *optional*):
+            The tensors that were last taken out of the model to be saved, of which the file then names the digest.
 
     Raises:
         [`UnknownTermError`]: `bias_terms` names a term that does not exist.
@@ -164,142 +170,36 @@ class BitFitConfig(PeftConfig):
         self.bias_terms = _canonical(self.bias_terms)
         if self.id2label is not None:  # JSON turns the keys into strings
             self.id2label = {int(index): label for index, label in self.id2label.items()}
-        self._check_labels()
+            self.num_labels = len(self.id2label) if self.num_labels is None else self.num_labels
+            if wrong := label_problems(self.num_labels, self.id2label, self.problem_type):
+                raise ConfigError(f"{wrong[0]}.")
         if self.bitfit_version is not None and self.added_tokens and self.base_vocab_size is None:
             raise ConfigError(
                 "adapter_config.json has `added_tokens` but not `base_vocab_size`; save the delta again."
             )
-        # `get_peft_model` and `add_adapter` overwrite the name with the path that the model was loaded from. A name
-        # that the user gave, or that came with a delta, wins over it.
-        self._given_base = self.base_model_name_or_path
-        self._digest_of_last_state: str | None = None
-        # Whether it comes from a file whose tensors are still to be loaded.
-        self.pending = self.bitfit_version is not None
         if self.run is not None and not isinstance(self.run, TrainingRun):
-            self.run = TrainingRun.from_dict(self.run)
-        # Facts that were read together with tensors speak of those tensors and no others.
-        self._facts_of = None if self.weights_digest is None else (self.run, self.weights_digest)
-        self._size_of_last_state: int | None = None
-        self._tokens_in_last_state = 0
+            self.run = TrainingRun.from_dict(self.run, weights_digest=self.weights_digest)
         if self.base_fingerprint is not None:
             self.base_fingerprint = plain_fingerprint(self.base_fingerprint)
         if self.bias_layout:
             self.bias_layout = plain_layout(self.bias_layout)
-            self.settle_task()
-            self._check_choice(decode_layout(self.bias_layout))
-
-    def settle_task(self) -> None:
-        """A trained delta without a head, a difference of two say, is of no task that has one.
-
-        PEFT's wrapper for such a task would train and save the model's own head.
-        """
-        task = BY_PEFT_NAME.get(str(getattr(self.task_type, "value", self.task_type)))
-        if not self.modules_to_save and task is not None and task.new_head:
-            self.task_type = None
+            if not self.modules_to_save:
+                self.task_type = task_type_without_head(self.task_type)
+            check_choice(
+                decode_layout(self.bias_layout),
+                bias_terms=self.bias_terms,
+                target_modules=self.target_modules,
+                exclude_modules=self.exclude_modules,
+                layers_to_transform=self.layers_to_transform,
+                add_missing_biases=self.add_missing_biases,
+            )
+        self.given_base = self.base_model_name_or_path
+        self.last_state: SavedState | None = None
 
     def check_layout_known(self, *, where: str) -> None:
         """Raises [`DeltaFormatError`] where a configuration of a trained delta does not say what was tuned."""
         if not self.bias_layout:
             raise DeltaFormatError(f"{where}: adapter_config.json has no `bias_layout`; save the delta again.")
-
-    def _check_choice(self, biases: Sequence[Bias]) -> None:
-        """A file whose layout holds what its choice leaves out contradicts itself, whatever the model."""
-        terms, chosen = resolve_terms(self.bias_terms), self.layers_to_transform
-        layers = [chosen] if isinstance(chosen, int) else chosen
-        problems = []
-        for bias in biases:
-            places = [bias.module, *(alias.rpartition(".")[0] for alias in bias.aliases)]
-            if bias.term not in terms:
-                problems.append(f"{bias.name} ({bias.term}) is not expected with bias_terms={self.bias_terms!r}")
-            if layers is not None and bias.layer not in layers:
-                problems.append(f"{bias.name} is not expected with layers_to_transform={chosen!r}")
-            if self.target_modules is not None and not _any_fits(places, self.target_modules, unknown=True):
-                problems.append(f"{bias.name} is not expected with target_modules={self.target_modules!r}")
-            if self.exclude_modules is not None and _any_fits(places, self.exclude_modules, unknown=False):
-                problems.append(f"{bias.name} is not expected with exclude_modules={self.exclude_modules!r}")
-            if not bias.exists and not self.add_missing_biases:
-                problems.append(f"{bias.name} is not in the base, which is not expected with add_missing_biases=False")
-        if problems:
-            raise DeltaMismatchError(
-                f"BitFitConfig (adapter_config.json) contradicts itself: `bias_layout` says that more was tuned than "
-                f"was chosen.{collect(problems)}\nSave or fetch the delta again. For a new adapter start from a fresh "
-                "BitFitConfig."
-            )
-
-    def _check_labels(self) -> None:
-        if self.id2label is None:
-            return
-        if self.num_labels is None:
-            self.num_labels = len(self.id2label)
-        _check_numbers(self.num_labels, self.id2label)
-
-    def set_labels(
-        self, num_labels: int, id2label: Mapping[Any, Any], problem_type: str | None, *, adapter_name: str
-    ) -> None:
-        """Replaces the labels by those that the model has when its delta is saved.
-
-        Args:
-            num_labels (`int`): How many labels the model's config has.
-            id2label (`Mapping`): Their names.
-            problem_type (`str`, *optional*): transformers' name of the loss.
-            adapter_name (`str`): Whose labels they are, for messages.
-
-        Raises:
-            [`ConfigError`]: A delta with these labels could not be loaded; the configuration is as it was.
-        """
-        if self.num_labels not in (None, num_labels):
-            raise ConfigError(
-                f"The model's config names {num_labels} labels, and the head of adapter {adapter_name!r} has "
-                f"{self.num_labels} outputs. Name as many in `model.config.id2label`, then save again."
-            )
-        given = {"num_labels": num_labels, "id2label": dict(id2label), "problem_type": problem_type}
-        problems = [problem for name, value in given.items() if (problem := _CHECKS[name](name, value))]
-        if problems:
-            raise ConfigError(
-                f"The model's config holds labels of adapter {adapter_name!r} that no delta can be loaded with:"
-                f"{collect(problems)}\nMend `model.config`, then save again."
-            )
-        names = {int(index): label for index, label in id2label.items()}
-        _check_numbers(num_labels, names)
-        self.num_labels, self.id2label, self.problem_type = num_labels, names, problem_type
-
-    def restore_given_base(self) -> None:
-        """Puts back the base's name that the user gave, if there was one."""
-        if self._given_base:
-            self.base_model_name_or_path = self._given_base
-
-    # --- the life of a configuration ---
-
-    def loaded(self) -> None:
-        """Called when the tensors that belong to the configuration are in the model; from now on they may change."""
-        self.pending = False
-        self.bitfit_version = None
-        self.weights_digest = None
-
-    def new(self) -> None:
-        """Makes the configuration of an existing adapter that of a new one on the same base."""
-        self.loaded()
-        self._digest_of_last_state = self._size_of_last_state = None
-        self.run = None
-
-    def about_to_save(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Called with the tensors of a state dict; a configuration saved next belongs to them."""
-        self._digest_of_last_state = digest(tensors)
-        self._size_of_last_state = sum(tensor.numel() for tensor in tensors.values())
-        self._tokens_in_last_state = sum(tensor.numel() for name, tensor in tensors.items() if is_added(name))
-        run, saved_with = self._facts_of or (None, None)
-        if run is not None and run is self.run and saved_with != self._digest_of_last_state:
-            self.run = None
-
-    @property
-    def size_of_last_state(self) -> int | None:
-        """How many scalars the tensors of the last state dict have, delta and head; `None` before the first."""
-        return self._size_of_last_state
-
-    @property
-    def tokens_in_last_state(self) -> int:
-        """How many of them are rows of added tokens."""
-        return self._tokens_in_last_state
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and what belongs beside it: the model card, see [`after_save`].
@@ -323,8 +223,8 @@ class BitFitConfig(PeftConfig):
         values: dict[str, Any] = super().to_dict()
         values["bitfit_version"] = __version__
         values["run"] = None if self.run is None else self.run.to_dict()
-        if self._digest_of_last_state is not None:
-            values["weights_digest"] = self._digest_of_last_state
+        if self.last_state is not None:
+            values["weights_digest"] = self.last_state.digest
         return values
 
     @classmethod
@@ -381,18 +281,16 @@ def run_after_save(folder: str | os.PathLike[str], config: BitFitConfig, delta: 
         hook(folder, config, delta)
 
 
-def _any_fits(paths: Sequence[str], names: str | Sequence[str], *, unknown: bool) -> bool:
-    if names == ALL_LINEAR:
-        return unknown  # a path does not say what kind of layer is there
-    return any(fits(path, names) for path in paths)
-
-
-def _check_numbers(num_labels: int, id2label: Mapping[int, str]) -> None:
-    if not id2label or len(id2label) != num_labels or id2label.keys() != set(range(num_labels)):
-        raise ConfigError(
-            f"`id2label` names the labels {sorted(id2label)[:8]} but `num_labels` is {num_labels}; "
-            f"name each of 0 to {num_labels - 1} once."
-        )
+def label_problems(num_labels: int, id2label: dict[Any, Any], problem_type: str | None) -> list[str]:
+    """What is wrong with the labels of a head, in words; nothing where a configuration can hold them."""
+    given = {"num_labels": num_labels, "id2label": id2label, "problem_type": problem_type}
+    problems = [problem for name, value in given.items() if (problem := _CHECKS[name](name, value))]
+    if not problems and {int(index) for index in id2label} != set(range(num_labels)):
+        problems = [
+            f"`id2label` names the labels {sorted(map(int, id2label))[:8]} but `num_labels` is {num_labels}; "
+            f"name each of 0 to {num_labels - 1} once"
+        ]
+    return problems
 
 
 def _canonical(bias_terms: str | Sequence[str]) -> str | list[str]:

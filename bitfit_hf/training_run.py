@@ -37,6 +37,10 @@ class TrainingRun:
             The same of the data that the metrics are about, and the split of it. `""` says that they are about data
             from elsewhere, or about several data sets.
         versions (`dict[str, str]`, *optional*): Of the packages at work.
+
+    Attributes:
+        weights_digest (`str`, *optional*):
+            Of the tensors that a file ties these facts to: they speak of those and of no others. Not a fact itself.
     """
 
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -52,6 +56,9 @@ class TrainingRun:
     eval_config: str | None = None
     eval_split: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weights_digest: str | None = None
 
     def add_evaluation(self, values: dict[str, Any], dataloader: Any = None) -> None:
         """Takes in the metrics of an evaluation, perhaps of one data set among several.
@@ -73,8 +80,12 @@ class TrainingRun:
         self.metrics |= found
 
     @classmethod
-    def from_dict(cls, values: Any) -> TrainingRun:
+    def from_dict(cls, values: Any, *, weights_digest: str | None = None) -> TrainingRun:
         """Reads what `adapter_config.json` says of the run; fields of later versions are left out.
+
+        Args:
+            values (`dict`): As they stand in the file.
+            weights_digest (`str`, *optional*): Of the tensors that the file belongs to.
 
         Raises:
             [`ConfigError`]: A value has the wrong type.
@@ -88,6 +99,7 @@ class TrainingRun:
         ]
         if problems:
             raise ConfigError(f"adapter_config.json says of the training run what cannot be:{collect(problems)}")
+        run.weights_digest = weights_digest
         return run
 
     def to_dict(self) -> dict[str, Any]:

@@ -137,13 +137,13 @@ class BitFitCardData:
         """
         run = run or config.run
         count = term_counts(config)
-        total = config.size_of_last_state
+        saved = config.last_state
         if delta is not None:
             count = term_counts(delta)
-            total = count.total
-        elif total is not None:
-            tokens = config.tokens_in_last_state
-            count = ParameterCount(count.terms, head=total - count.biases - tokens, tokens=tokens)
+        elif saved is not None:
+            tokens = saved.num_token_parameters
+            count = ParameterCount(count.terms, head=saved.num_parameters - count.biases - tokens, tokens=tokens)
+        total = None if delta is None and saved is None else count.total
         prints = config.base_fingerprint
         labels = list((config.id2label or {}).values())
         named = any(label != f"LABEL_{index}" for index, label in enumerate(labels))

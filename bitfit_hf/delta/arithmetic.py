@@ -13,6 +13,8 @@ from ..errors import BaseModelMismatchError, DeltaMismatchError, collect
 from ..storage.bias_layout import decode_layout
 from ..storage.files import digest
 from ..storage.fingerprint import differing
+from ..terms.tasks import task_type_without_head
+from ..tuner.lifecycle import begin_anew
 from .parts import DeltaParts, grouped
 
 
@@ -77,12 +79,13 @@ def check_same_base(config: BitFitConfig, other: BitFitConfig) -> None:
 def _config(like: BitFitConfig, *, head_of: DeltaParts | None) -> BitFitConfig:
     """A configuration for a new delta on the same base, with the head of `head_of`."""
     config = copy.deepcopy(like)
-    config.new()
+    begin_anew(config)
     keeper = head_of.config if head_of is not None and head_of.head else None
     for name in ("modules_to_save", "num_labels", "id2label", "problem_type"):
         setattr(config, name, copy.deepcopy(getattr(keeper, name, None)))
     config.task_type = like.task_type if head_of is None else head_of.config.task_type
-    config.settle_task()
+    if not config.modules_to_save:
+        config.task_type = task_type_without_head(config.task_type)
     return config
 
 

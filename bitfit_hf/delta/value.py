@@ -17,6 +17,7 @@ from ..storage.fingerprint import OnMismatch
 from ..storage.keys import bias_of_key, from_file, in_file, is_added, key_of_bias
 from ..terms import SavedNames
 from ..tuner.added_tokens import AddedTokens, placed_tokens
+from ..tuner.lifecycle import about_to_save
 from .applied_head import AppliedHead
 from .applied_rows import AppliedRows
 from .applying import AppliedDelta, apply_delta, remove_delta
@@ -269,7 +270,7 @@ class BiasDelta(Mapping[str, torch.Tensor]):
 
     def config_values(self) -> dict[str, Any]:
         """Values of `adapter_config.json`."""
-        self.config.about_to_save(self.tensors())
+        about_to_save(self.config, self.tensors())
         values = self.config.to_dict()
         values["inference_mode"] = True  # as PEFT writes it: who loads it wants to use it
         return values

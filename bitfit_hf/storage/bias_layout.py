@@ -12,13 +12,14 @@ compared without its base, by any later version:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
 
-from ..errors import DeltaFormatError
-from ..terms import TERMS, Bias
+from ..errors import DeltaFormatError, DeltaMismatchError, collect
+from ..terms import TERMS, Bias, resolve_terms
+from ..terms.selection import ALL_LINEAR, fits
 from .packed import unpack_place
 
 _LARGEST = 10**9  # numbers from a file are not to overflow anything
@@ -79,6 +80,53 @@ def plain_layout(layout: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         name: encode_layout(_decode(name, place))[name] if isinstance(place, str) else place
         for name, place in layout.items()
     }
+
+
+def check_choice(
+    biases: Iterable[Bias],
+    *,
+    bias_terms: str | Sequence[str],
+    target_modules: str | Sequence[str] | None,
+    exclude_modules: str | Sequence[str] | None,
+    layers_to_transform: int | Sequence[int] | None,
+    add_missing_biases: bool,
+) -> None:
+    """Compares what a file says was tuned with what the same file says was chosen.
+
+    Args:
+        biases (`Iterable[Bias]`): What was tuned, see [`decode_layout`].
+        bias_terms, target_modules, exclude_modules, layers_to_transform, add_missing_biases:
+            What was chosen, as [`BitFitConfig`] has it.
+
+    Raises:
+        [`DeltaMismatchError`]: More was tuned than was chosen; all that was is named at once.
+    """
+    terms = resolve_terms(bias_terms)
+    layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
+    problems = []
+    for bias in biases:
+        if bias.term not in terms:
+            problems.append(f"{bias.name} ({bias.term}) is not expected with bias_terms={bias_terms!r}")
+        if layers is not None and bias.layer not in layers:
+            problems.append(f"{bias.name} is not expected with layers_to_transform={layers_to_transform!r}")
+        if target_modules is not None and not _any_fits(bias.modules, target_modules, unknown=True):
+            problems.append(f"{bias.name} is not expected with target_modules={target_modules!r}")
+        if exclude_modules is not None and _any_fits(bias.modules, exclude_modules, unknown=False):
+            problems.append(f"{bias.name} is not expected with exclude_modules={exclude_modules!r}")
+        if not bias.exists and not add_missing_biases:
+            problems.append(f"{bias.name} is not in the base, which is not expected with add_missing_biases=False")
+    if problems:
+        raise DeltaMismatchError(
+            f"BitFitConfig (adapter_config.json) contradicts itself: `bias_layout` says that more was tuned than "
+            f"was chosen.{collect(problems)}\nSave or fetch the delta again. For a new adapter start from a fresh "
+            "BitFitConfig."
+        )
+
+
+def _any_fits(paths: Sequence[str], names: str | Sequence[str], *, unknown: bool) -> bool:
+    if names == ALL_LINEAR:
+        return unknown  # a path does not say what kind of layer is there
+    return any(fits(path, names) for path in paths)
 
 
 def _decode(name: str, place: Any) -> list[Bias]:

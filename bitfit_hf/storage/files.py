@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from ..errors import DeltaFormatError, DeltaIOError, DeltaNotFoundError, collect
-from .keys import from_file
+from .keys import from_file, is_added
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -52,6 +53,27 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         values = tensor.detach().cpu().contiguous()
         total.update(values.view(torch.uint8).numpy().tobytes() if values.dim() else values.numpy().tobytes())
     return f"sha256:{total.hexdigest()}"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What is known of tensors that are being saved, also after they are gone.
+
+    Args:
+        digest (`str`): Of all of them, see [`digest`].
+        num_parameters (`int`): How many scalars they have, delta and head.
+        num_token_parameters (`int`): How many of these belong to added tokens.
+    """
+
+    digest: str
+    num_parameters: int
+    num_token_parameters: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> SavedState:
+        """Of the tensors by their key in the file."""
+        sizes = {name: tensor.numel() for name, tensor in tensors.items()}
+        return cls(digest(tensors), sum(sizes.values()), sum(n for name, n in sizes.items() if is_added(name)))
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

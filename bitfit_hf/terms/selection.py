@@ -238,8 +238,7 @@ def fits(path: str, names: str | Sequence[str]) -> bool:
 
 
 def _fits_bias(survey: Survey, bias: Bias, names: str | list[str]) -> bool:
-    places = [bias.module, *(alias.rpartition(".")[0] for alias in bias.aliases)]
-    return any(_fits(survey, path, names) for path in places)
+    return any(_fits(survey, path, names) for path in bias.modules)
 
 
 def _check_entries(survey: Survey, names: str | list[str] | None, argument: str) -> None:

@@ -60,6 +60,11 @@ class Bias:
         return _join(self.module, self.parameter)
 
     @property
+    def modules(self) -> list[str]:
+        """Paths of all the modules that use it: one, and more where it is tied."""
+        return [self.module, *(alias.rpartition(".")[0] for alias in self.aliases)]
+
+    @property
     def num_parameters(self) -> int:
         """How many scalars belong to the term here."""
         return sum(stop - start for start, stop in self.spans)

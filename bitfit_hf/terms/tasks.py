@@ -179,6 +179,16 @@ def task_named(peft_name: object, class_name: str = "", modules: Iterable[str] =
     return task or task_of_class(class_name)
 
 
+def task_type_without_head(peft_name: str | None) -> str | None:
+    """PEFT's name of the task of a delta that has no head: `None` where the task's classes have a new one.
+
+    The difference of two deltas is such a delta. PEFT's wrapper for the task would train and save the model's own
+    head with it.
+    """
+    task = task_named(peft_name)
+    return None if task is not None and task.new_head else peft_name
+
+
 def peft_task_type(model: PreTrainedModel) -> str | None:
     """PEFT's name of the task that a model's class is for; `None` where PEFT has none that fits."""
     name = type(model).__name__

@@ -23,6 +23,7 @@ from ..terms import SYMBOLS, TERMS
 from ..terms.structure import stock_root
 from ..terms.token_tensors import check_rows
 from ..training_run import TrainingRun, evaluation_metrics, training_run
+from ..tuner.lifecycle import begin_anew
 from ..tuner.state import is_bitfit
 from .access import around, trainer_being_made
 from .checkpoints import accept_checkpoints, check_resumable, saved_as_own, write_checkpoint
@@ -237,7 +238,7 @@ class BitFitCallback(TrainerCallback):
 
     def _fresh_config(self) -> BitFitConfig:
         config = BitFitConfig() if self.config is None else copy.deepcopy(self.config)
-        config.new()  # read from a delta's file it would wait for that delta's tensors
+        begin_anew(config)  # read from a delta's file it would wait for that delta's tensors
         return config
 
     def _activate(self, model: nn.Module) -> None:

@@ -25,6 +25,7 @@ from .added_tokens import AddedTokens
 from .head import BitFitHead
 from .head_parameter import HeadParameter
 from .layer import BitFitLayer
+from .lifecycle import about_to_save, await_tensors, awaits_tensors, begin_anew, restore_given_base, tensors_loaded
 from .loading import loading_in_progress
 from .merging import prepare_merge
 from .mixed import MixedBatch, check_adapter_names, check_number, sequences_per_example
@@ -99,7 +100,7 @@ class BitFitModel(BaseTuner):
                 del configs[adapter_name]
             forget_configs(model)
             raise
-        if in_place and config.pending and isinstance(model, PreTrainedModel):
+        if in_place and awaits_tensors(config) and isinstance(model, PreTrainedModel):
             model.__dict__["_load_pretrained_model"] = StrictLoader(adapter_name)
 
     # --- injection ---
@@ -125,13 +126,13 @@ class BitFitModel(BaseTuner):
             state_dict (`dict`, *optional*): Restricts the adapter to the modules that have tensors here.
         """
         config: Any = self.peft_config[adapter_name]
-        config.restore_given_base()
+        restore_given_base(config)
         loading = loading_in_progress()
         if loading is None:
             plan = make_plan(model, config, adapter_name, only=state_dict)
         else:
-            config.pending = True
             tensors = loading.read(config)
+            await_tensors(config)
             plan = make_plan(model, config, adapter_name, only=state_dict)
             plan.check_fit(model, tensors, where=f"adapter {adapter_name!r}")
         if plan.tokens is not None:
@@ -312,8 +313,8 @@ class BitFitModel(BaseTuner):
             )
         read_labels(self.model, adapters[0], configs[0])
         config: Any = copy.deepcopy(configs[0])
-        config.new()
-        config.pending = True  # it tunes what the first one tunes, and its tensors follow
+        begin_anew(config)
+        await_tensors(config)  # it tunes what the first one tunes
         self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
@@ -326,7 +327,7 @@ class BitFitModel(BaseTuner):
             first_head = head_tensors(self.model, adapters[0])
             for name, tensor in head_tensors(self.model, adapter_name).items():
                 tensor.copy_(first_head[name])
-        config.loaded()
+        tensors_loaded(config)
         self.set_requires_grad(adapter_name, adapter_name in self.active_adapters)
 
     # --- merging and unloading ---
@@ -398,7 +399,7 @@ class BitFitModel(BaseTuner):
             inner = {k.removeprefix(f"{live}."): v for k, v in state_dict.items() if k.startswith(f"{live}.")}
             saved |= {stock_path(f"{path}.{k}"): v for k, v in leaf.adapter_state_dict(adapter_name, inner).items()}
         read_labels(model, adapter_name, config)
-        config.about_to_save(saved)
+        about_to_save(config, saved)
         # PEFT goes on to look for token embeddings in this dictionary, its own selection of the one that was passed,
         # and would add whole matrices where the model was resized or `target_modules` names an output layer.
         for key in list(state_dict):
@@ -425,15 +426,15 @@ class BitFitModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT's route: the one place that sees the tensors of a file. They are written here, since PEFT would drop
         # what does not fit in silence; it then gets the tensors that are in the model already.
-        loading = None if config.pending else loading_in_progress()
+        loading = None if awaits_tensors(config) else loading_in_progress()
         try:
             expected = config.weights_digest if loading is None else loading.check_again(model)
             load_tensors(model, adapter_name, state_dict, expected_digest=expected)
         except BaseException:
-            if config.pending:  # not a reload into an adapter that was here before
+            if awaits_tensors(config):  # not a reload into an adapter that was here before
                 remove_adapter(model, adapter_name)
             raise
-        config.loaded()
+        tensors_loaded(config)
         tensors = [*delta_parameters(model, adapter_name).values(), *head_tensors(model, adapter_name).values()]
         live = set(map(id, tensors))
         return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in live}

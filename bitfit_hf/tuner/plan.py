@@ -47,6 +47,7 @@ from ..terms.tasks import class_record, peft_task_type
 from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
 from .head import BitFitHead, Labels, float32_copy
 from .layer import BitFitLayer
+from .lifecycle import awaits_tensors
 from .places import find_labels, find_places
 from .reading import owners
 from .state import check_fit, is_bitfit
@@ -141,9 +142,9 @@ def make_plan(
     tokens = _tokens(model, config)
     base_rows = {} if tokens is None else tokens.base_rows
     name = config.base_model_name_or_path
-    if config.pending or config.base_fingerprint is not None:  # a new adapter takes the base's below
+    if awaits_tensors(config) or config.base_fingerprint is not None:  # a new adapter takes the base's below
         check_base(model, config.base_fingerprint, delta_base=name, base_rows=base_rows)
-    if config.pending and config.bias_layout:
+    if awaits_tensors(config) and config.bias_layout:
         # What the file says was tuned and trained, whatever this version would choose.
         head = []
         if config.modules_to_save:
@@ -151,7 +152,7 @@ def make_plan(
         biases = find_places(model, decode_layout(config.bias_layout), head, base=name, base_rows=base_rows)
     else:
         head, biases = _selection(model, config, config.modules_to_save)
-        unknown = [] if config.pending else _not_in_checkpoint(model, biases, resized=base_rows)
+        unknown = [] if awaits_tensors(config) else _not_in_checkpoint(model, biases, resized=base_rows)
         frozen = [path for path in pooler_modules(model) if path in unknown]
         if frozen:
             raise ConfigError(
@@ -203,7 +204,7 @@ def make_plan(
 
 def _tokens(model: nn.Module, config: BitFitConfig) -> AddedTokens | None:
     """The added tokens of an adapter: by its file, or by what the model has beyond its checkpoint."""
-    if not config.pending:
+    if not awaits_tensors(config):
         return find_added_tokens(model, config.added_tokens)
     if config.added_tokens:
         return placed_tokens(model, config, others=is_bitfit(model))
@@ -285,7 +286,7 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
 
 def _check_head(model: nn.Module, config: BitFitConfig) -> None:
     """A delta's head needs a model that has one; it is missing where a backbone or a language model is loaded."""
-    if not config.pending or not config.modules_to_save:
+    if not awaits_tensors(config) or not config.modules_to_save:
         return
     paths = [path for path, _ in walk(stock_root(model))] + [name for name, _ in stock_root(model).named_parameters()]
     if not any(path == name or path.endswith(f".{name}") for name in config.modules_to_save for path in paths):

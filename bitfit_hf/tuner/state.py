@@ -18,6 +18,7 @@ from ..terms.token_tensors import restore_rows
 from .head import BitFitHead
 from .head_parameter import HeadParameter
 from .layer import BitFitLayer
+from .lifecycle import set_labels, tensors_loaded
 from .token_rows import TokenRows
 
 
@@ -72,7 +73,7 @@ def read_labels(model: nn.Module, adapter_name: str, config: BitFitConfig) -> No
     for _, leaf in head_leaves(model):
         labels = leaf.labels_of(adapter_name)
         if labels is not None:
-            config.set_labels(labels.num_labels, labels.id2label, labels.problem_type, adapter_name=adapter_name)
+            set_labels(config, labels.num_labels, labels.id2label, labels.problem_type, adapter_name=adapter_name)
 
 
 def check_fit(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], *, where: str) -> None:
@@ -236,5 +237,5 @@ class StrictLoader:
         except BaseException:
             remove_adapter(model, self.adapter_name)
             raise
-        config.loaded()
+        tensors_loaded(config)
         return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None

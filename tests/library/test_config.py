@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from architectures import build
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -15,8 +17,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from bitfit_hf import BiasDelta, BitFitConfig, BitFitModel
 from bitfit_hf.errors import BitFitError, ConfigError, RegistrationError, UnknownTermError
+from bitfit_hf.storage.files import digest
 from bitfit_hf.terms import SYMBOLS, TERMS
+from bitfit_hf.training_run import TrainingRun
 from bitfit_hf.tuner import registration
+from bitfit_hf.tuner.lifecycle import about_to_save, awaits_tensors, restore_given_base, tensors_loaded
 
 
 def through_a_file(config: BitFitConfig, folder) -> BitFitConfig:
@@ -33,7 +38,7 @@ def test_everything_has_a_default():
     config = BitFitConfig()
     assert config.bias_terms == "all"
     assert config.task_type is None
-    assert not config.pending
+    assert not awaits_tensors(config)
     assert config.peft_type == "BITFIT"
     assert not config.is_prompt_learning
 
@@ -186,20 +191,20 @@ def test_fields_of_a_later_version_are_ignored_with_a_warning(tmp_path):
 
 def test_what_came_from_a_file_waits_for_its_tensors(tmp_path):
     loaded = through_a_file(BitFitConfig(), tmp_path)
-    assert loaded.pending
-    loaded.loaded()
-    assert not loaded.pending
+    assert awaits_tensors(loaded)
+    tensors_loaded(loaded)
+    assert not awaits_tensors(loaded)
     assert loaded.weights_digest is None
 
 
 def test_the_name_of_the_base_that_was_given_wins_over_the_path():
     config = BitFitConfig(base_model_name_or_path="user/base")
     config.base_model_name_or_path = "/home/somebody/base"  # as get_peft_model does
-    config.restore_given_base()
+    restore_given_base(config)
     assert config.base_model_name_or_path == "user/base"
     config = BitFitConfig()
     config.base_model_name_or_path = "/home/somebody/base"
-    config.restore_given_base()
+    restore_given_base(config)
     assert config.base_model_name_or_path == "/home/somebody/base"
 
 
@@ -209,6 +214,21 @@ def test_copies_are_configurations_of_their_own():
     assert other == config
     other.id2label[0] = "z"
     assert config.id2label[0] == "a"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_a_copy_belongs_to_the_same_tensors(copied):
+    values = BitFitConfig(
+        run=TrainingRun(steps=3), weights_digest="sha256:00", base_model_name_or_path="a/b"
+    ).to_dict()
+    config = copied(BitFitConfig.from_peft_type(**values))
+    about_to_save(config, {"a.bitfit_bias": torch.ones(2)})
+    assert config.run is None  # it was read with other tensors
+    config.base_model_name_or_path = "/home/somebody/base"
+    saved = copied(config)
+    restore_given_base(saved)
+    assert saved.base_model_name_or_path == "a/b"
+    assert saved.to_dict()["weights_digest"] == digest({"a.bitfit_bias": torch.ones(2)})
 
 
 VALUES = st.recursive(
