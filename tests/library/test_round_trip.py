@@ -2,8 +2,8 @@
 
 The cells of this matrix are task × way of making × way of saving × way of loading; `round_trip_tester` has the ways,
 `round_trip_tasks` the tasks. What the ways of saving write is compared first. Where it is equal, no way of loading can
-tell one from the other: so of the ways of loading every other one is tried on one saving of every case, and the others
-on the next case, which tries every pair of two ways, and of a way and a task. The slow test tries every cell by itself.
+tell one from the other: so of the ways of loading every other one is tried on one saving of a case, and the others
+on the next case, which tries every pair of two ways, and a way and a task. The slow test tries every cell by itself.
 
 What is damaged, or belongs to another base, is refused by every way.
 """

@@ -291,7 +291,7 @@ VARIED = {"bert-sequence", "bert-masked_lm", "deberta-sequence", "gpt2-causal_lm
 
 
 def routes(arch: Architecture) -> dict:
-    """Every way for the varied ones; for the others `AutoModel`, and one way more, which the next one does not have."""
+    """Every way for the varied ones; for the others `AutoModel`, and one way more, another for the next one."""
     if arch.name in VARIED:
         return ROUTES | MORE_ROUTES
     others = [name for name in ROUTES if name != "AutoModel"]
