@@ -35,11 +35,12 @@ bench: $(VENV)/.demo
 	$(BIN)/python recipes/benchmarks/training.py $(ARGS)
 
 # One thread per test process: the tests' models are small, and two processes share the cores better than their threads do.
+# Tests of one file stay together as long as there is enough to do (worksteal), so that most of its fixtures are made once.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -97,6 +97,7 @@ def test_fsdp1_trains_what_one_device_trains(process_group: None) -> None:
         assert tensor.abs().max() > 0 or ".key." in name
 
 
+@pytest.mark.slow
 def test_fsdp1_shards_over_two_processes(tmp_path: Path) -> None:
     """There the buffers behind the parameters are given back between uses, and nobody may read them then."""
     result = run_python(*torchrun(), HELPERS / "fsdp1_run.py", tmp_path / "facts.json")

@@ -211,12 +211,25 @@ def test_a_peer_cannot_scale_the_loss_on_a_float16_base() -> None:
 # Gradient checkpointing ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+HALF_PRECISION = [
+    *((name, how) for name in MODELS for how in ("bfloat16 base", "float16 base", "bfloat16 autocast")),
+    ("swin-image", "bfloat16 autocast"),  # as a half-precision base it takes no float32 images
+]
+
+
+# Every other one is slow: all pairs of a model, a precision and a kind of checkpointing are tried without these,
+# but for Swin with the plain kind.
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("name", "how", "reentrant"),
     [
-        *((name, how) for name in MODELS for how in ("bfloat16 base", "float16 base", "bfloat16 autocast")),
-        ("swin-image", "bfloat16 autocast"),  # as a half-precision base it takes no float32 images
+        pytest.param(
+            *case,
+            reentrant,
+            marks=pytest.mark.slow if (number + reentrant) % 2 else (),
+            id="-".join([*case, *["reentrant"] * reentrant]),
+        )
+        for number, case in enumerate(HALF_PRECISION)
+        for reentrant in (False, True)
     ],
 )
 def test_gradient_checkpointing_in_half_precision(name: str, how: str, reentrant: bool, tmp_path: Path) -> None:

@@ -166,8 +166,16 @@ def trained(model: nn.Module, folder: Path, **values: Any) -> tuple[PeftModel, l
 # Training, saving, loading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", LIBRARIES)
+# Each kind is tried with float32, and with one of the others in turn; the slow tests are the rest.
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(kind, dtype, marks=pytest.mark.slow if (number + other) % 2 else ())
+        for number, kind in enumerate(LIBRARIES)
+        for dtype, other in ((torch.float32, number), (torch.bfloat16, 0), (torch.float16, 1))
+    ],
+    ids=str,
+)
 def test_training_saving_and_loading(kind: str, dtype: torch.dtype, checkpoint: Path, tmp_path: Path) -> None:
     before = vectors(load(checkpoint, kind, dtype=dtype))
     assert len(before) == 2 * 6 + 5 * 2 + 1 + 1  # biases, LayerNorms, pooler and classifier
@@ -449,9 +457,16 @@ def test_reading_the_weights_of_a_base_in_use_leaves_it_usable(kind: str, checkp
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rearrange", [False, True])
-@pytest.mark.parametrize("used", [False, True], ids=["fresh base", "used base"])
-@pytest.mark.parametrize("kind", LIBRARIES)
+# Every other one is slow: all pairs of a kind, of a fresh or used base and of its arrangement are tried without these.
+@pytest.mark.parametrize(
+    ("kind", "used", "rearrange"),
+    [
+        pytest.param(kind, used, rearrange, marks=pytest.mark.slow if (number + used + rearrange) % 2 else ())
+        for number, kind in enumerate(LIBRARIES)
+        for used in (False, True)
+        for rearrange in (False, True)
+    ],
+)
 def test_a_bank_on_a_quantized_base(kind: str, used: bool, rearrange: bool, checkpoint: Path) -> None:
     tuned_models = (fill_(get_peft_model(load(checkpoint, kind), BitFitConfig()), seed=seed) for seed in range(2))
     deltas = [BiasDelta.from_model(model) for model in tuned_models]

@@ -445,9 +445,19 @@ def test_accumulation_with_a_models_own_loss(tmp_path: Path) -> None:
 SUBSET = {"bias_terms": ["query", "intermediate"]}  # leaves the embeddings' outputs without a gradient
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["bert-sequence", "vit-image", "gpt2-causal_lm", "swin-image", "whisper-audio"])
+CHECKPOINTED = ["bert-sequence", "vit-image", "gpt2-causal_lm", "swin-image", "whisper-audio"]
+
+
+# Every other one is slow: all pairs of a model, a way and a kind of checkpointing are tried without these.
+@pytest.mark.parametrize(
+    ("name", "way", "reentrant"),
+    [
+        pytest.param(name, way, reentrant, marks=pytest.mark.slow if (number + of_way + reentrant) % 2 else ())
+        for number, name in enumerate(CHECKPOINTED)
+        for of_way, way in enumerate(WAYS)
+        for reentrant in (False, True)
+    ],
+)
 def test_gradient_checkpointing_changes_nothing(name: str, way: str, reentrant: bool, tmp_path: Path) -> None:
     results = []
     for on in (False, True):

@@ -192,6 +192,7 @@ def test_kept_bytes_counts_what_is_kept() -> None:
     assert kept_bytes(model, {"x": x}) == 400 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's peak memory")
 def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
     shape = tiny(SHAPES["minilm"])

@@ -131,8 +131,24 @@ def test_a_model_without_biases_is_an_error_that_names_the_remedy(models, texts,
         causal_lm.main(argv(models["llama"], tmp_path, "--data_dir", str(texts)))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-@pytest.mark.parametrize("method", ["lora", "rand_uniform", "rand_row_col", "diff_pruning", "adapter"])
+# Each method on one of the two models; the slow tests are the others.
+EACH_METHOD_ONCE = {
+    "lora": "gpt2",
+    "rand_uniform": "qwen2",
+    "rand_row_col": "gpt2",
+    "diff_pruning": "qwen2",
+    "adapter": "gpt2",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        pytest.param(method, name, marks=() if name == once else pytest.mark.slow)
+        for method, once in EACH_METHOD_ONCE.items()
+        for name in ("gpt2", "qwen2")
+    ],
+)
 def test_other_methods(method, name, models, texts, tmp_path):
     options = ["--learning_rate", "1e-2", "--lr_scheduler", "constant"]
     options += ["--method_options", *OPTIONS[method]] if method in OPTIONS else []

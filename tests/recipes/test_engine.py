@@ -113,6 +113,7 @@ def launch(folder: Path, *arguments: object, **environment: str) -> Any:
     return run_python("-m", "accelerate.commands.launch", *arguments, SCRIPT, folder, **environment)
 
 
+@pytest.mark.slow
 def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
     config = engine.CONFIGS / "cpu_2_processes.yaml"
     result = launch(tmp_path, "--config_file", config, BITFIT_ENGINE="cpu_2_processes", ACCELERATE_USE_CPU="1")

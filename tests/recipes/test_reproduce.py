@@ -795,6 +795,7 @@ def real_argv(real: Path, study_base: str, study_data: Path, tmp_path: Path) -> 
     return ["--table", "3", "--config", str(real), "--results_dir", str(tmp_path / "results"), *places]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_of_real_runs_goes_on(real, study_base, study_data, tmp_path):
     argv = real_argv(real, study_base, study_data, tmp_path)
     runs = tmp_path / "results" / "real" / "runs"
