@@ -24,6 +24,7 @@ __all__ = [
     "MixedBatchError",
     "NoBiasesError",
     "NoMatchError",
+    "NonFiniteDeltaError",
     "OptimizerError",
     "PushError",
     "RecomputationError",
@@ -83,6 +84,10 @@ class AddedTokensError(BitFitError, ValueError):
 
 class DeltaFormatError(BitFitError, ValueError):
     """A delta's files are damaged, incomplete, of two different saves, or not a BitFit delta at all."""
+
+
+class NonFiniteDeltaError(BitFitError, ValueError):
+    """A delta or a head that holds NaN or Inf is about to be saved as if it were a result."""
 
 
 class DeltaNotFoundError(BitFitError, FileNotFoundError):

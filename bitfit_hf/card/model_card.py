@@ -40,6 +40,7 @@ _MANY_LABELS = 20
 _WORDS = {
     "learning_rate": "learning rate of the biases",
     "head_learning_rate": "learning rate of the head",
+    "lr_scale": "multiples of the learning rate",
     "train_batch_size": "examples per update",
     "num_train_epochs": "epochs planned",
     "max_steps": "updates planned",
@@ -391,6 +392,9 @@ def _selection(config: BitFitConfig) -> list[str]:
         if modules:
             given = f"those that match `{_code(modules)}`" if isinstance(modules, str) else _names(modules)
             lines.append(f"{words} the modules {given}.")
+    pooler = [name for name in config.modules_to_save or () if "pooler" in name.split(".")]
+    if pooler:
+        lines.append(f"The pooler ({_names(pooler)}) was never trained before: it is a part of the task head.")
     return lines
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
-from ..errors import DeltaFormatError, DeltaIOError, DeltaNotFoundError, collect
+from ..errors import DeltaFormatError, DeltaIOError, DeltaNotFoundError, NonFiniteDeltaError, collect
 from .keys import from_file, is_added
 
 CONFIG_FILE = "adapter_config.json"
@@ -154,6 +154,20 @@ def check_values(tensors: Mapping[str, torch.Tensor], *, where: str) -> None:
     if problems:
         raise DeltaFormatError(
             f"{where}: the tensors of this delta cannot be used:{collect(problems)}\nSave or fetch the delta again."
+        )
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises [`NonFiniteDeltaError`] where a tensor that is about to be saved holds NaN or Inf; names all such."""
+    problems = [
+        f"{name} holds NaN or Inf"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor).all())
+    ]
+    if problems:
+        raise NonFiniteDeltaError(
+            f"Training has left tensors that are no numbers, so there is no result to save:{collect(problems)}\n"
+            "Nothing was written. Train again with a lower learning rate, from the start or an earlier checkpoint."
         )
 
 

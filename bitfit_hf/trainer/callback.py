@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..config import BitFitConfig
 from ..errors import TrainerSetupError
 from ..recompute import recompute_activations
 from ..storage.keys import is_adapters
-from ..terms import SYMBOLS, TERMS
+from ..terms import SYMBOLS, TERMS, pooler_modules
 from ..terms.structure import stock_root
 from ..terms.token_tensors import check_rows
 from ..training_run import TrainingRun, evaluation_metrics, training_run
@@ -39,6 +39,7 @@ from .checks import (
     refuse_sharding_in_place,
     sharding_engine,
 )
+from .failure import FailureWatch
 from .gradient_checkpointing import let_gradients_through
 from .parameter_groups import (
     base_rates,
@@ -50,6 +51,7 @@ from .parameter_groups import (
     trainable_head,
 )
 from .push import check_base_name, check_card_place, prepare_push
+from .rates import LrScale, describe_scale, term_scale
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +80,9 @@ class BitFitCallback(TrainerCallback):
         head_learning_rate (`float`, *optional*):
             Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base. Read when
             the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
+        lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
+            Multiples of the Trainer's learning rate by bias term, see [`optimizer_groups`]; `"uniform"` is the paper's
+            one rate for all terms.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter. Several tasks can be trained on one base, one after the other, under several names.
         recompute_activations (`bool`, *optional*, defaults to `False`):
@@ -111,6 +116,7 @@ class BitFitCallback(TrainerCallback):
         config: BitFitConfig | None = None,
         *,
         head_learning_rate: float | None = None,
+        lr_scale: LrScale = "default",
         adapter_name: str = "default",
         recompute_activations: bool = False,
     ) -> None:
@@ -122,7 +128,9 @@ class BitFitCallback(TrainerCallback):
             and head_learning_rate > 0
         ):
             raise TrainerSetupError(f"`head_learning_rate` must be a positive number, got {head_learning_rate!r}.")
+        term_scale(lr_scale)  # a wrong one is told here, not after the data has been prepared
         self.config = config
+        self.lr_scale = lr_scale
         self.head_learning_rate = None if head_learning_rate is None else float(head_learning_rate)
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
@@ -135,9 +143,10 @@ class BitFitCallback(TrainerCallback):
         self._saved_to: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
         self._first_step = False
         self._hooks: list[RemovableHandle] = []
+        self._watch = FailureWatch()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_prepared", "_saved_to", "_first_step", "_hooks")
+        own = ("_prepared", "_saved_to", "_first_step", "_hooks", "_watch")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,6 +177,7 @@ class BitFitCallback(TrainerCallback):
         around(trainer, "create_optimizer", self._create_optimizer)
         around(trainer, "_load_from_checkpoint", self._load_from_checkpoint)
         around(trainer, "save_model", self._save_model)
+        around(trainer, "prediction_step", self._prediction_step)
 
     def _call_model_init(
         self, trainer: Trainer, original: Callable[..., nn.Module], *args: Any, **kwargs: Any
@@ -200,12 +210,21 @@ class BitFitCallback(TrainerCallback):
         with saved_as_own(trainer.model, self.adapter_name):
             original(output_dir, *args, **kwargs)
 
+    def _prediction_step(
+        self, trainer: Trainer, original: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if trainer.args.torch_compile or not isinstance(inputs, Mapping):  # a hook would have it compiled again
+            return original(model, inputs, *args, **kwargs)
+        with self._watch.watching(trainer.model, inputs):  # type: ignore[arg-type]  # it is being evaluated
+            return original(model, inputs, *args, **kwargs)
+
     def _groups(self, args: TrainingArguments) -> Callable[[nn.Module], list[dict[str, Any]]]:
         """Makes a model's parameter groups, with the rates that are asked for at present."""
         return functools.partial(
             optimizer_groups,
             learning_rate=args.learning_rate,
             head_learning_rate=self.head_learning_rate,
+            lr_scale=self.lr_scale,
             weight_decay=args.weight_decay,
         )
 
@@ -274,12 +293,14 @@ class BitFitCallback(TrainerCallback):
             if state.is_world_process_zero:
                 self._warn_of_low_rate(base_rates(trainable_deltas(model).values(), optimizer))
         self._first_step = True
+        self._watch.begin(model)
         self._remove_hooks()  # of a run that was broken off
         self._hooks = let_gradients_through(model)
         if self.recompute_activations:
             recompute_activations(model)
         self._describe(model, state)
         run = training_run(args, self.head_learning_rate, train_dataloader)
+        run.hyperparameters["lr_scale"] = describe_scale(self.lr_scale)
         adapter_configs(model)[self.adapter_name].run = run
 
     def _remove_hooks(self) -> None:
@@ -318,12 +339,14 @@ class BitFitCallback(TrainerCallback):
         head = sum(parameter.numel() for group in trainable_head(model) for parameter in group.values())
         total = sum(p.numel() for name, p in stock_root(model).named_parameters() if not is_adapters(name))
         terms = "all bias terms" if config.bias_terms == "all" else ", ".join(_symbols(config.bias_terms))
+        pooler = [path for path in pooler_modules(model) if path in (config.modules_to_save or ())]
         if state.is_world_process_zero:
             logger.info(
-                "BitFit trains %s bias parameters (%s) and a head of %s, of the model's %s: %.3f %%.",
+                "BitFit trains %s bias parameters (%s) and a head of %s%s, of the model's %s: %.3f %%.",
                 f"{biases:,}",
                 terms,
                 f"{head:,}",
+                f" (with the pooler {', '.join(pooler)}, never trained before)" if pooler else "",
                 f"{total:,}",
                 100 * (biases + head) / max(total, 1),
             )
@@ -386,7 +409,9 @@ class BitFitCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps the metrics for the model card."""
+        """Keeps the metrics for the model card, and sees whether the predictions are all the same."""
+        if model is not None:
+            self._watch.evaluated(model)
         run = None if model is None else _run_of(model, self.adapter_name)
         if model is None or run is None or not metrics:
             return
@@ -400,6 +425,19 @@ class BitFitCallback(TrainerCallback):
                 self.adapter_name,
             )
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Sees whether the loss and the deltas are finite."""
+        if model is not None and "loss" in (logs or {}):
+            self._watch.logged(model, logs or {})
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -412,6 +450,8 @@ class BitFitCallback(TrainerCallback):
         self._remove_hooks()
         if model is not None and self.recompute_activations:
             recompute_activations(model, enabled=False)
+        if model is not None and state.is_world_process_zero:
+            self._watch.ended(model, steps=state.global_step)
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is None:
             return

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import OptimizerError, collect
+from ..config import BitFitConfig
+from ..errors import ConfigError, OptimizerError, collect
+from ..storage.bias_layout import decode_layout
+from ..storage.keys import bias_of_key, key_of_bias
+from ..terms import TERMS
 from ..tuner.state import delta_parameters, head_leaves, tuned_layers
+from .checks import adapter_configs
+from .rates import LrScale, term_scale
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -23,6 +29,7 @@ def optimizer_groups(
     learning_rate: float,
     *,
     head_learning_rate: float | None = None,
+    lr_scale: LrScale = "default",
     weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """
@@ -34,15 +41,22 @@ def optimizer_groups(
     Args:
         model (`nn.Module`): With a BitFit adapter injected, or a `PeftModel`.
         learning_rate (`float`): For the deltas. The paper searched 1e-4 to 1e-3.
-        head_learning_rate (`float`, *optional*): For the head; the same as the deltas' by default.
+        head_learning_rate (`float`, *optional*): For the head; `learning_rate` by default.
+        lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
+            Multiples of `learning_rate` by bias term: `"default"` is [`DEFAULT_SCALE`], which is explained there,
+            `"uniform"` is the paper's one rate for all, a mapping gives terms (or their symbols) a multiple each, and
+            those that it does not name 1.0.
         weight_decay (`float`, *optional*, defaults to 0.0): Of the head's weights.
 
     Returns:
-        `list[dict]`: Up to three groups with `params`, `lr`, `weight_decay` and a `name`: `"delta"`, `"head"` and
+        `list[dict]`: Groups with `params`, `lr`, `weight_decay` and a `name`: `"delta"` of the deltas with
+        `learning_rate`, `"delta:<term>+<term>"` of those with a multiple of it, by rising rate; then `"head"` and
         `"head_no_decay"`. Frozen parameters are in none, every trainable one of the adapters is in exactly one.
 
     Raises:
         [`OptimizerError`]: The model has no trainable BitFit adapter.
+        [`UnknownTermError`], [`ConfigError`]: `lr_scale` cannot be used, or gives the terms of a fused vector
+            different rates.
 
     Example:
 
@@ -60,11 +74,59 @@ def optimizer_groups(
     decayed, plain = trainable_head(model)
     head_rate = learning_rate if head_learning_rate is None else head_learning_rate
     groups = [
-        {"name": "delta", "params": list(deltas.values()), "lr": learning_rate, "weight_decay": 0.0},
+        {"name": name, "params": params, "lr": learning_rate * factor, "weight_decay": 0.0}
+        for name, factor, params in _by_rate(model, deltas, term_scale(lr_scale))
+    ]
+    groups += [
         {"name": "head", "params": list(decayed.values()), "lr": head_rate, "weight_decay": weight_decay},
         {"name": "head_no_decay", "params": list(plain.values()), "lr": head_rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _by_rate(
+    model: nn.Module, deltas: Mapping[str, nn.Parameter], scale: Mapping[str, float]
+) -> list[tuple[str, float, list[nn.Parameter]]]:
+    """The deltas by their multiple of the learning rate, each with the name of its group."""
+    known = {adapter: _terms_of_keys(config) for adapter, config in adapter_configs(model).items()}
+    members: dict[float, list[nn.Parameter]] = {}
+    terms_at: dict[float, set[str]] = {}
+    problems = []
+    for name, parameter in deltas.items():
+        adapter, _, key = name.partition(":")
+        terms = known[adapter].get(key, ("other",))
+        factors = {scale[term] for term in terms}
+        if len(factors) > 1:
+            told = ", ".join(f"{term} {scale[term]:g}" for term in terms)
+            problems.append(f"{bias_of_key(key)} holds several terms in one vector: {told}")
+            continue
+        (factor,) = factors
+        members.setdefault(factor, []).append(parameter)
+        terms_at.setdefault(factor, set()).update(terms)
+    if problems:
+        raise ConfigError(
+            f"`lr_scale` gives parts of one parameter different rates, which no optimizer can:{collect(problems)}\n"
+            "Give these terms the same multiple."
+        )
+    ordered = sorted(members, key=lambda factor: (factor != 1.0, factor))
+    return [
+        (
+            "delta" if factor == 1.0 else f"delta:{'+'.join(t for t in TERMS if t in terms_at[factor])}",
+            factor,
+            members[factor],
+        )
+        for factor in ordered
+    ]
+
+
+def _terms_of_keys(config: BitFitConfig) -> dict[str, tuple[str, ...]]:
+    """The terms of each delta of an adapter; several where a parameter is fused of them."""
+    terms: dict[str, tuple[str, ...]] = {}
+    for bias in decode_layout(config.bias_layout or {}):
+        key = key_of_bias(bias.name)
+        if bias.term not in terms.get(key, ()):
+            terms[key] = (*terms.get(key, ()), bias.term)
+    return terms
 
 
 def trainable_deltas(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -181,7 +243,9 @@ def _other_rates(asked: Iterable[dict[str, Any]], held: Mapping[int, Mapping[str
     for group in asked:
         found = {_base_rate(held[id(parameter)]) for parameter in group["params"]}
         if found - {group["lr"]}:
-            what = "deltas" if group["name"] == "delta" else "head"
+            what = "head" if group["name"].startswith("head") else "deltas"
+            if ":" in group["name"]:
+                what += f" of {group['name'].partition(':')[2]}"
             yield f"learning rate of the {what}: {', '.join(map(str, sorted(found)))} instead of {group['lr']}"
 
 
@@ -245,6 +309,7 @@ def _check_saved_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any])
         names = [group["name"] for group in optimizer.param_groups]
         raise OptimizerError(
             f"The checkpoint's optimizer has parameter groups of {saved} tensors, and this run's ({', '.join(names)}) "
-            f"are of {own}. The checkpoint was saved by a Trainer without this callback, or with another choice of "
-            "parameters. Resume as it was saved, or start a new run from its delta, without `resume_from_checkpoint`."
+            f"are of {own}. The checkpoint was saved by a Trainer without this callback, with another `lr_scale`, or "
+            "with another choice of parameters. Resume as it was saved, or start a new run from its delta, without "
+            "`resume_from_checkpoint`."
         )

@@ -16,7 +16,7 @@ import torch
 
 from ..config import BitFitConfig, label_problems
 from ..errors import ConfigError, collect
-from ..storage.files import SavedState
+from ..storage.files import SavedState, check_finite
 
 
 def awaits_tensors(config: BitFitConfig) -> bool:
@@ -49,7 +49,11 @@ def about_to_save(config: BitFitConfig, tensors: Mapping[str, torch.Tensor]) -> 
     Args:
         config ([`BitFitConfig`]): Of the adapter.
         tensors (`Mapping[str, torch.Tensor]`): Delta and head by their key in the file.
+
+    Raises:
+        [`NonFiniteDeltaError`]: They hold NaN or Inf; nothing has been written.
     """
+    check_finite(tensors)
     config.last_state = SavedState.of(tensors)
     if config.run is not None and config.run.weights_digest not in (None, config.last_state.digest):
         config.run = None  # it tells how other tensors came about

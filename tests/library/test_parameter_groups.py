@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -29,10 +30,14 @@ from trainer_tester import (
 from transformers import Trainer, TrainerCallback
 from tuner_tester import base_tensors, config_for, fill_, same_tensors
 
-from bitfit_hf import BitFitCallback, BitFitConfig, optimizer_groups
+import bitfit_hf
+from bitfit_hf import BitFitConfig
 from bitfit_hf.errors import OptimizerError
 from bitfit_hf.trainer.parameter_groups import check_optimizer
 
+# One rate for all terms, so that a group is a kind of parameter; rates by term have `test_rates`.
+BitFitCallback = functools.partial(bitfit_hf.BitFitCallback, lr_scale="uniform")
+optimizer_groups = functools.partial(bitfit_hf.optimizer_groups, lr_scale="uniform")
 RATE, HEAD_RATE, DECAY = 1e-2, 3e-3, 0.1
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
 TRANSFORMERS = [arch for arch in ARCHITECTURES.values() if arch.is_transformers]
@@ -429,7 +434,7 @@ def test_one_model_and_one_args_for_two_rates(order: tuple[int, int], tmp_path: 
 
 def test_one_model_and_two_args_for_two_rates(tmp_path: Path) -> None:
     model = fresh()
-    first = trainer_for(model, tmp_path, max_steps=1)
+    first = trainer_for(model, tmp_path, BitFitCallback(), max_steps=1)
     second = trainer_for(model, tmp_path, BitFitCallback(head_learning_rate=HEAD_RATE), max_steps=1)
     for trainer, rates in ((first, {RATE}), (second, {RATE, HEAD_RATE})):
         trainer.train()
