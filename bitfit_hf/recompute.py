@@ -2,10 +2,10 @@
 
 With frozen weights a Linear keeps no input for the backward pass. What is kept then is, above all, the input of the
 MLP's activation, the widest tensor of a layer: 144 of 364 MiB for BERT-base, batch 8 x 128, without dropout. It can be
-had again, to the last bit, for the price of one matrix product: the MLP's first projection of the preceding norm's
-output, and that of the norm's input, which is kept in any case. `torch.utils.checkpoint` keeps the books (dropout,
-autocast, devices); this module finds the regions of a model that are worth it, and lets the checkpoint start from the
-norm's input, though the norm is another module's business.
+computed again, equal to the last bit, for the price of one matrix product: the norm's input is kept in any case, the
+norm gives the MLP's input, and the MLP's first projection gives the activation's. `torch.utils.checkpoint` does the
+recomputing and takes care of dropout, autocast and devices. This module finds the parts of a model where it pays, the
+*regions*, and lets the checkpoint start from the norm's input, though the norm lies in another module.
 
 A region begins with the MLP's first projection and ends before its last one, which is never run again:
 
@@ -81,15 +81,15 @@ def recompute_activations(model: _Model, enabled: bool = True) -> _Model:
             type(root).__name__,
         )
         return model
-    layout = _Layout.of(root)
-    if not layout.regions:
+    prepared = _PreparedModules.of(root)
+    if not prepared.regions:
         raise UnsupportedLayerError(
             f"`recompute_activations` found no MLP in {type(root).__name__}: no module that holds the projections of "
             "the terms `intermediate` and `output` alone, and none of these with an activation module beside it. "
             "`bitfit inspect` lists the terms of a model. Leave the option out, or use gradient checkpointing."
         )
-    layout.install()
-    logger.info("The activations of %d MLPs are computed again in the backward pass.", len(layout.regions))
+    prepared.install()
+    logger.info("The activations of %d MLPs are computed again in the backward pass.", len(prepared.regions))
     return model
 
 
@@ -102,8 +102,8 @@ def recomputed_regions(model: nn.Module) -> list[str]:
 
 
 @dataclass
-class _Layout:
-    """What takes part, as modules of the live model (the wrapper, where a layer is wrapped).
+class _PreparedModules:
+    """The modules of a live model that are prepared for recomputing (the wrapper, where a layer is wrapped).
 
     Args:
         norms (`list[nn.Module]`): Norms of the layers, whose output may feed an MLP.
@@ -118,12 +118,12 @@ class _Layout:
     exits: list[nn.Module]
 
     @classmethod
-    def of(cls, root: nn.Module) -> _Layout:
+    def of(cls, root: nn.Module) -> _PreparedModules:
         """Finds them by the bias terms of `root`, whether or not it has the biases."""
         modules = dict(walk(root))
         paths: dict[str, dict[str, None]] = {"first": {}, "last": {}, "norm": {}}
         for bias in find_biases(root, add_missing_biases=True):
-            for path in (bias.module, *(alias.rpartition(".")[0] for alias in bias.aliases)):
+            for path in bias.modules:
                 kind = kind_of(modules[path])
                 if kind == NORM and bias.term in ("attention_layernorm", "output_layernorm"):
                     paths["norm"][path] = None
@@ -134,19 +134,19 @@ class _Layout:
             parent, _, name = path.rpartition(".")
             return modules[parent]._modules[name]  # type: ignore[return-value]
 
-        layout = cls([live(path) for path in paths["norm"]], {}, [], [])
+        prepared = cls([live(path) for path in paths["norm"]], {}, [], [])
         known = {path for found in paths.values() for path in found}
         for parent in dict.fromkeys(path.rpartition(".")[0] for path in paths["first"]):
             below = [path for path in modules if path.startswith(f"{parent}.")]
             if all(path in known or not modules[path]._parameters for path in below):
-                layout.regions[modules[parent]] = False
-                layout.exits += [live(path) for path in below if path in paths["last"]]
+                prepared.regions[modules[parent]] = False
+                prepared.exits += [live(path) for path in below if path in paths["last"]]
                 continue
             activations = [child for child in modules[parent]._modules.values() if _is_activation(child)]
             if len(activations) == 1 and activations[0] is not None:
-                layout.regions[activations[0]] = True
-                layout.entries += [live(path) for path in paths["first"] if path.rpartition(".")[0] == parent]
-        return layout
+                prepared.regions[activations[0]] = True
+                prepared.entries += [live(path) for path in paths["first"] if path.rpartition(".")[0] == parent]
+        return prepared
 
     def install(self) -> None:
         """Prepares the modules."""
@@ -321,7 +321,7 @@ def _run_region(
             else:
                 stack.enter_context(state.restored())
                 value = root
-                with torch.no_grad():  # what makes the region's input is none of its business
+                with torch.no_grad():  # the gradient of the region's input is taken where that was made
                     for maker in origin.modules:
                         value = maker(value)
                 if origin.modules:

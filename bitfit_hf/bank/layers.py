@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import TaskBankError
-from ..tuner.layer import channel_axis, reads_bias
+from ..tuner.layer_kinds import channel_axis, reads_bias
 from ..tuner.reading import install, stock_class
 from .batch import Batch, current
 from .intercept import intercept

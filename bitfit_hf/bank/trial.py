@@ -1,9 +1,9 @@
 """What the layers of a base do with a batch, found out by running it.
 
 That the first dimension of a layer's output is the batch holds for most layers of most models, and where it does not
-hold, adding per-example deltas there would be wrong without a sound. So the bank runs its base on batches of two
-sizes, and sees which dimension of what grows with the batch and who reads a bias from outside its layer. A third run
-compares a mixed batch with its examples one by one.
+hold, adding per-example deltas there would give wrong results without an error. So the bank runs its base on batches
+of two sizes, and sees which dimension of what grows with the batch and who reads a bias from outside its layer. A
+third run compares a mixed batch with its examples one by one.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ..analysis import ParameterCount, term_counts
 from ..config import BitFitConfig
 from ..delta.value import BiasDelta
 from ..storage.bias_layout import decode_layout
-from ..storage.files import CARD_FILE, PICTURE_FILE, STOCK_FOLDER, write_bytes
+from ..storage.files import CARD_FILE, LORA_FOLDER, PICTURE_FILE, write_bytes
 from ..terms import SYMBOLS, TERMS
 from ..terms.tasks import Task, task_named
 from ..training_run import TrainingRun
@@ -166,7 +166,7 @@ class BitFitCardData:
             added_tokens=config.added_tokens or 0,
             added=sum(b.num_parameters for b in decode_layout(config.bias_layout or {}) if not b.exists),
             picture=PICTURE_FILE if folder is not None and (folder / PICTURE_FILE).is_file() else None,
-            stock=folder is not None and (folder / STOCK_FOLDER).is_dir(),
+            stock=folder is not None and (folder / LORA_FOLDER).is_dir(),
         )
         if found.problem_type == "regression":
             found.labels = []

@@ -24,7 +24,8 @@ from ..terms.base_bias import Found, add_deltas, base_bias, forget, found, overw
 from ..terms.structure import stock_root, walk
 from ..terms.token_tensors import check_room
 from ..tuner.added_tokens import AddedTokens, fit_added_tokens
-from ..tuner.layer import reads_bias, span_index
+from ..tuner.layer import span_index
+from ..tuner.layer_kinds import reads_bias
 from ..tuner.places import find_places
 from ..tuner.state import is_bitfit
 from ..tuner.token_rows import added_shapes

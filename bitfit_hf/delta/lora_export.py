@@ -74,11 +74,11 @@ def export_stock(
         [`DeltaIOError`]: A file cannot be written.
     """
     folder = Path(folder)
-    for name, data in stock_files(delta_or_model, base=base, adapter_name=adapter_name).items():
+    for name, data in lora_files(delta_or_model, base=base, adapter_name=adapter_name).items():
         write_bytes(folder / name, data)
 
 
-def stock_files(
+def lora_files(
     delta_or_model: BiasDelta | nn.Module,
     *,
     base: nn.Module | str | None = None,

@@ -18,11 +18,11 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..card.model_card import write_card
-from ..delta.lora_export import stock_files
+from ..delta.lora_export import lora_files
 from ..delta.value import BiasDelta
 from ..errors import MissingDependencyError, PushError, collect
 from ..plot import plot_bias_change
-from ..storage.files import CARD_FILE, CONFIG_FILE, PICTURE_FILE, STOCK_FOLDER, WEIGHTS_FILE, write_bytes, write_pair
+from ..storage.files import CARD_FILE, CONFIG_FILE, LORA_FOLDER, PICTURE_FILE, WEIGHTS_FILE, write_bytes, write_pair
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ class Contents:
 
     Args:
         delta ([`BiasDelta`]): What is pushed, under the base's name on the Hub.
-        stock (`Mapping[str, bytes]`, *optional*): The files of `stock/` by name.
+        lora (`Mapping[str, bytes]`, *optional*): The files of `stock/` by name.
         tokenizer (`Mapping[str, bytes]`, *optional*): Files of a tokenizer or processor by name.
         card (`bytes`, *optional*): A card that is there already, whose text by its user is kept.
     """
 
     delta: BiasDelta
-    stock: Mapping[str, bytes] = field(default_factory=dict)
+    lora: Mapping[str, bytes] = field(default_factory=dict)
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     card: bytes | None = None
 
@@ -82,8 +82,8 @@ class Contents:
             folder = Path(scratch)
             for name, data in self.tokenizer.items():
                 write_bytes(folder / name, data)
-            for name, data in self.stock.items():
-                write_bytes(folder / STOCK_FOLDER / name, data)
+            for name, data in self.lora.items():
+                write_bytes(folder / LORA_FOLDER / name, data)
             write_pair(folder, self.delta.config_values(), self.delta.tensors())
             draw_change(self.delta, folder)
             card = self._renewed_card(folder, repo_id, on_hub)
@@ -131,11 +131,11 @@ def contents_of(
     else:
         raise PushError(f"Pass a model, a BiasDelta or the folder of one, not a {type(model_or_delta).__name__}.")
     named = with_base_name(delta, base_model)
-    extra: Mapping[str, bytes] = {}
+    lora: Mapping[str, bytes] = {}
     if stock:
         source = model_or_delta if isinstance(model_or_delta, nn.Module) else delta
-        extra = stock_files(source, adapter_name=adapter_name, named=named.config)
-    return Contents(named, stock=extra, tokenizer=tokens, card=card)
+        lora = lora_files(source, adapter_name=adapter_name, named=named.config)
+    return Contents(named, lora=lora, tokenizer=tokens, card=card)
 
 
 def with_base_name(delta: BiasDelta, base_model: str | None = None) -> BiasDelta:
@@ -209,7 +209,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 def stale_files(present: list[str], new: Mapping[str, bytes]) -> list[str]:
     """Which files of a repository go: what an earlier push left of this one's kind, and pickles beside the delta."""
     gone = [PICTURE_FILE, *PICKLES]
-    return [name for name in present if (name in gone or name.startswith(f"{STOCK_FOLDER}/")) and name not in new]
+    return [name for name in present if (name in gone or name.startswith(f"{LORA_FOLDER}/")) and name not in new]
 
 
 def full_model_files(present: list[str]) -> list[str]:
@@ -226,7 +226,7 @@ def gitignore(present: bytes, names: Iterable[str]) -> bytes:
     """
     mine, theirs = _RULES.search(present), _RULES.sub(b"", present)
     given = list(names)
-    allowed = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PICTURE_FILE, GITIGNORE, ".gitattributes", f"{STOCK_FOLDER}/"}
+    allowed = {CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, PICTURE_FILE, GITIGNORE, ".gitattributes", f"{LORA_FOLDER}/"}
     allowed |= {name if "/" not in name else f"{name.split('/')[0]}/" for name in given if not name.startswith("!")}
     if mine is not None:  # a later push of other tokenizer files does not shut out the earlier ones
         allowed |= {line[2:] for line in mine.group().decode().splitlines() if line.startswith("!/")}

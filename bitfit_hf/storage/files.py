@@ -30,7 +30,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "README.md"
 PICTURE_FILE = "bias_change.png"
-STOCK_FOLDER = "stock"
+LORA_FOLDER = "stock"  # the export as a LoRA adapter, for libraries without bitfit_hf
 PENDING_CONFIG_FILE = ".adapter_config.pending.json"
 
 _TABLES = ("bias_layout", "tensors")  # with one entry for each tensor

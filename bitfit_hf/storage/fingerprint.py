@@ -1,7 +1,7 @@
 """Is this the checkpoint that the delta was trained on?
 
-A delta is a difference to one set of weights; on another checkpoint of the same shape it gives nonsense without a
-sound. So the configuration of a delta carries a fingerprint of its base: of every tuned bias the shape, a digest and a
+A delta is a difference to one set of weights; on another checkpoint of the same shape it gives nonsense without an
+error. So the configuration of a delta carries a fingerprint of its base: of every tuned bias the shape, a digest and a
 sample of its values, of every tuned module's weight a sample. It survives a change of dtype: the digests are kept at
 three precisions, and what was rounded to a lower one is compared there. Only weights that are quantized are compared
 by a tolerance; biases never are quantized, and tell a fine-tuned sibling from a quantized copy, which correlations do

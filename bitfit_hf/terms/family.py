@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from .fused import Layout
+from .fused import TermSpans
 
 _Entry = TypeVar("_Entry")
 
@@ -25,7 +25,7 @@ class Family:
         blocks (`Mapping[str, Mapping[str, str]]`): Path of a transformer layer -> path inside the layer -> term.
         outside (`Mapping[str, str]`, *optional*): Path outside the layers -> term.
         lm_head (`tuple[str, ...]`, *optional*): Roots of the pre-trained language-modelling head.
-        fused (`Mapping[str, Layout]`, *optional*): Path inside a layer of a fused projection -> its layout.
+        fused (`Mapping[str, TermSpans]`, *optional*): Path inside a layer of a fused projection -> its terms' ranges.
         free (`Mapping[str, str]`, *optional*):
             Free-standing bias vectors: path inside a layer, or path outside the layers -> term.
         stacks (`Mapping[str, str]`, *optional*): Path component -> name of the stack below it.
@@ -35,7 +35,7 @@ class Family:
     blocks: Mapping[str, Mapping[str, str]]
     outside: Mapping[str, str] = field(default_factory=dict)
     lm_head: tuple[str, ...] = ()
-    fused: Mapping[str, Layout] = field(default_factory=dict)
+    fused: Mapping[str, TermSpans] = field(default_factory=dict)
     free: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, str] = field(default_factory=dict)
 

@@ -1,6 +1,6 @@
 """How fused projections are laid out: which index ranges of their bias belong to which term.
 
-A layout takes the bias's length and the model's config, and returns the ranges of each term.
+Each function takes the length of the fused bias and the model's config, and returns the ranges of each term.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 Spans = tuple[tuple[int, int], ...]
-Layout = Callable[[int, Any], dict[str, Spans]]
+TermSpans = Callable[[int, Any], dict[str, Spans]]
 
 
 def thirds(size: int, config: Any = None) -> dict[str, Spans]:

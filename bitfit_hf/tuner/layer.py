@@ -10,22 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..backends.sharded import is_sharded, lent
 from ..errors import MergeError, UnsupportedLayerError
 from ..storage.keys import PREFIX
 from ..terms import Bias
 from ..terms.base_bias import add_deltas, base_bias, forget, kept_bias, put_back, write_over
+from .layer_kinds import channel_axis, compute_dtype, features, out_features, reads_bias
 from .mixed import BASE, MixedBatch, pick_rows
 from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
 
 if TYPE_CHECKING:
     from .head import BitFitHead
-
-# Layers that add their bias along the second dimension of their output; most add it along the last.
-_CHANNELS_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):
@@ -58,6 +55,73 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
             install(base_layer, self.bias_parameters, owner=self)
+
+    # --- computing ---
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Runs the base layer, whose own code reads [`~BitFitLayer.effective_bias`] where it reads its bias.
+
+        Args:
+            args, kwargs: What the base layer takes.
+            adapter_names (`Sequence[str]`, *optional*): One adapter for each example of the batch.
+        """
+        if adapter_names is not None and self._only is None:
+            return self._mixed_forward(adapter_names, *args, **kwargs)
+        result = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
+        return self._add_to_output(result) if self._adds_to_output else result
+
+    def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
+        for parameter in self.bias_parameters:
+            names = [name for name in self.adapters_in_use if name in self._deltas(parameter)]
+            if names:
+                result = result + self._sum(parameter, None, names).to(result.dtype)
+        return result
+
+    # This runs for every layer in every forward pass, and its time shows with a small model or on a fast device. So
+    # plain attributes are read instead of properties, and casts that change nothing are not called.
+
+    @property
+    def adapters_in_use(self) -> Sequence[str]:
+        """The adapters whose deltas the layer computes with at this moment."""
+        if self._only is not None:
+            return self._only
+        if self._disable_adapters or self.merged_adapters:
+            return ()
+        active = self._active_adapter
+        return (active,) if isinstance(active, str) else active
+
+    @property
+    def in_mixed_batch(self) -> bool:
+        """Whether a batch runs whose examples are of several adapters."""
+        return self._mixed is not None
+
+    def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
+        """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
+        if self._mixed is not None and self._only is None:
+            raise UnsupportedLayerError(
+                f"The `{parameter}` of a {stock_class(self.base_layer).__name__} layer is read by other code than the "
+                "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
+                "`bitfit_hf.TaskBank`."
+            )
+        if base is not None and (base.is_meta or is_sharded(base)):
+            return base  # offloaded or in slices; what looks at it now is the machinery that is about to fetch it
+        if self._disable_adapters and self.merged_adapters:
+            owner, owners_parameter = self._tied.get(parameter, (self, parameter))
+            return kept_bias(owner.base_layer, owners_parameter)
+        deltas = self._deltas(parameter)
+        names = [name for name in self.adapters_in_use if name in deltas]
+        if not names:
+            return base
+        return self._sum(parameter, base, names)
+
+    def _sum(self, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> torch.Tensor:
+        deltas, layer = self._deltas(parameter), self.base_layer
+        return add_deltas(
+            base,
+            [(lent(deltas[name], layer), self._index(parameter, name)) for name in names],
+            dtype=compute_dtype(layer) if base is None else base.dtype,
+            shape=() if base is not None else (out_features(layer),),
+        )
 
     # --- adapters ---
 
@@ -177,68 +241,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             if adapter_name in deltas and deltas[adapter_name].device.type != "meta":
                 deltas[adapter_name].data = deltas[adapter_name].data.to(target)
 
-    # --- the effective bias ---
-
-    # This runs for every layer in every forward pass, where a small model or a fast device leaves it nowhere to hide:
-    # plain attributes are read instead of properties, and casts that change nothing are not called.
-
-    @property
-    def adapters_in_use(self) -> Sequence[str]:
-        """The adapters whose deltas the layer computes with at this moment."""
-        if self._only is not None:
-            return self._only
-        if self._disable_adapters or self.merged_adapters:
-            return ()
-        active = self._active_adapter
-        return (active,) if isinstance(active, str) else active
-
-    @property
-    def in_mixed_batch(self) -> bool:
-        """Whether a batch runs whose examples are of several adapters."""
-        return self._mixed is not None
-
-    def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
-        """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
-        if self._mixed is not None and self._only is None:
-            raise UnsupportedLayerError(
-                f"The `{parameter}` of a {stock_class(self.base_layer).__name__} layer is read by other code than the "
-                "layer's own forward, which knows nothing of `adapter_names`. Run one batch per adapter, or use "
-                "`bitfit_hf.TaskBank`."
-            )
-        if base is not None and (base.is_meta or is_sharded(base)):
-            return base  # offloaded or in slices; what looks at it now is the machinery that is about to fetch it
-        if self._disable_adapters and self.merged_adapters:
-            owner, owners_parameter = self._tied.get(parameter, (self, parameter))
-            return kept_bias(owner.base_layer, owners_parameter)
-        deltas = self._deltas(parameter)
-        names = [name for name in self.adapters_in_use if name in deltas]
-        if not names:
-            return base
-        return self._sum(parameter, base, names)
-
-    def _sum(self, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> torch.Tensor:
-        deltas, layer = self._deltas(parameter), self.base_layer
-        return add_deltas(
-            base,
-            [(lent(deltas[name], layer), self._index(parameter, name)) for name in names],
-            dtype=_compute_dtype(layer) if base is None else base.dtype,
-            shape=() if base is not None else (_out_features(layer),),
-        )
-
-    # --- forward ---
-
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is not None and self._only is None:
-            return self._mixed_forward(adapter_names, *args, **kwargs)
-        result = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
-        return self._add_to_output(result) if self._adds_to_output else result
-
-    def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
-        for parameter in self.bias_parameters:
-            names = [name for name in self.adapters_in_use if name in self._deltas(parameter)]
-            if names:
-                result = result + self._sum(parameter, None, names).to(result.dtype)
-        return result
+    # --- mixed batches: one adapter per example ---
 
     @contextmanager
     def using(self, *names: str) -> Iterator[None]:
@@ -267,7 +270,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     def _delta_rows(self, adapter_names: Sequence[str], result: torch.Tensor) -> torch.Tensor:
         """The examples' deltas, `(rows of result, channels)`, float32."""
         base = self._stored_bias("bias")
-        width = _out_features(self.base_layer) if base is None else base.numel()
+        width = out_features(self.base_layer) if base is None else base.numel()
         zero = torch.zeros(width, dtype=torch.float32, device=result.device)
         names = list(dict.fromkeys(adapter_names))
         table = torch.stack([self._dense_delta(name, zero) for name in names])
@@ -379,14 +382,14 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     # --- the rest of the model sees the stock layer ---
 
     @property
-    def in_features(self) -> int | None:
+    def infeatures(self) -> int | None:
         """Size of the layer's input, which PEFT's tools read of every layer; `None` where its kind says none."""
-        return _features(self.base_layer)[0]
+        return features(self.base_layer)[0]
 
     @property
-    def out_features(self) -> int | None:
+    def outfeatures(self) -> int | None:
         """Size of the layer's output, or `None`."""
-        return _features(self.base_layer)[1]
+        return features(self.base_layer)[1]
 
     def train(self, mode: bool = True) -> BitFitLayer:
         """Sets the mode; a BatchNorm's running statistics are frozen weights, so it stays in evaluation mode."""
@@ -404,18 +407,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
-
-
-def reads_bias(layer: nn.Module, parameter: str) -> bool:
-    """Whether the layer's own code reads `parameter`: all do but norms that were defined without a bias."""
-    return parameter in layer._parameters
-
-
-def channel_axis(layer: nn.Module) -> int | None:
-    """Dimension of the layer's output along which its bias is added; `None` where the bias is used inside."""
-    if isinstance(layer, nn.MultiheadAttention):
-        return None
-    return 1 if isinstance(layer, _CHANNELS_SECOND) else -1
 
 
 def span_index(biases: Sequence[Bias]) -> torch.Tensor | None:
@@ -436,26 +427,3 @@ def span_index(biases: Sequence[Bias]) -> torch.Tensor | None:
 
 def _index_name(parameter: str, adapter_name: str) -> str:
     return f"_{PREFIX}{parameter}_index_{adapter_name}"
-
-
-def _compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype in which a layer without a bias computes."""
-    dtype = getattr(layer, "compute_dtype", None)  # bitsandbytes' 4-bit layers
-    if dtype is None:
-        weight = getattr(layer, "weight", None)
-        dtype = weight.dtype if weight is not None and weight.dtype.is_floating_point else torch.float32
-    return dtype
-
-
-def _features(layer: nn.Module) -> tuple[int | None, int | None]:
-    if isinstance(layer, nn.MultiheadAttention):
-        return layer.embed_dim, 3 * layer.embed_dim
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        return layer.in_channels, layer.out_channels
-    return getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-
-
-def _out_features(layer: nn.Module) -> int:
-    return layer.out_features if hasattr(layer, "out_features") else layer.weight.shape[-1]  # type: ignore

@@ -1,4 +1,4 @@
-"""Where the tensors of a saved delta belong in a live model: one verdict for adapters and for deltas that are applied.
+"""Where the tensors of a saved delta belong in a live model: the same for adapters and for deltas that are applied.
 
 What was tuned is what the delta's `bias_layout` says, whatever this version of the library would choose.
 """

@@ -10,12 +10,11 @@ import hashlib
 import json
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
 
 import yaml
 from hub_http import Request, Response, Router, find_repo, require_user, require_writer
 from hub_metadata import read_header, validate_card
-from hub_store import Blob, Commit, HubError, PullRequest, Repo, is_ignored
+from hub_store import Blob, Commit, HubError, Repo, is_ignored
 
 if TYPE_CHECKING:
     from hub_server import LoopbackHub
@@ -64,31 +63,8 @@ def create(hub: LoopbackHub, request: Request) -> Response:
     return Response.from_json(url)
 
 
-@route("DELETE", "/api/repos/delete")
-def delete(hub: LoopbackHub, request: Request) -> Response:
-    del hub.repos[find_repo(hub, request, _requested_id(request), write=True).id]
-    return Response.from_json({})
-
-
 def _requested_id(request: Request) -> str:
     return f"{request.json.get('organization') or require_user(request).name}/{request.json['name']}"
-
-
-@route("PUT", _API + "/settings")
-def settings(hub: LoopbackHub, request: Request, repo_id: str) -> Response:
-    repo = find_repo(hub, request, repo_id, write=True)
-    body = request.json
-    repo.gated = body.get("gated", repo.gated)
-    visibility = "private" if body.get("private", repo.private) else "public"
-    repo.private = body.get("visibility", visibility) == "private"
-    return Response.from_json({"private": repo.private, "gated": repo.gated})
-
-
-@route("GET", _API + "/auth-check")
-@route("GET", _API + "/auth-check/write")
-def auth_check(hub: LoopbackHub, request: Request, repo_id: str) -> Response:
-    find_repo(hub, request, repo_id, write=request.path.endswith("/write"), content=True)
-    return Response.from_json({})
 
 
 @route("GET", _API)
@@ -136,64 +112,12 @@ def tree(hub: LoopbackHub, request: Request, repo_id: str, revision: str, path: 
     return Response.from_json(inside)
 
 
-@route("POST", _API + "/paths-info/{revision}")
-def paths_info(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Response:
-    entries = _tree_entries(find_repo(hub, request, repo_id).resolve(revision))
-    paths = [path.rstrip("/") for path in parse_qs(request.body.decode()).get("paths", [])]
-    return Response.from_json([entries[path] for path in paths if path in entries])
-
-
-@route("GET", _API + "/refs")
-def refs(hub: LoopbackHub, request: Request, repo_id: str) -> Response:
-    repo = find_repo(hub, request, repo_id)
-    kinds = {"branches": "refs/heads/", "tags": "refs/tags/", "pullRequests": "refs/pr/", "converts": "refs/convert/"}
-    return Response.from_json(
-        {
-            kind: [
-                {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid}
-                for ref, oid in repo.refs.items()
-                if ref.startswith(prefix)
-            ]
-            for kind, prefix in kinds.items()
-        }
-    )
-
-
-@route("GET", _API + "/commits/{revision}")
-def log(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Response:
-    return Response.from_json(
-        [
-            {
-                "id": commit.oid,
-                "title": commit.title,
-                "message": commit.description,
-                "authors": [{"user": commit.author}],
-                "date": timestamp(commit.date),
-            }
-            for commit in find_repo(hub, request, repo_id).log(revision)
-        ]
-    )
-
-
-@route("POST|DELETE", _API + "/branch/{branch}")
+@route("POST", _API + "/branch/{branch}")
 def branch(hub: LoopbackHub, request: Request, repo_id: str, branch: str) -> Response:
     repo = find_repo(hub, request, repo_id, write=True)
     if branch.startswith("refs/"):
         raise HubError(400, f"Invalid reference for a branch: {branch}")
-    if request.method == "POST":
-        repo.create_ref(f"refs/heads/{branch}", repo.resolve(request.json.get("startingPoint") or "main").oid)
-    else:
-        repo.delete_ref(f"refs/heads/{branch}")
-    return Response.from_json({})
-
-
-@route("POST|DELETE", _API + "/tag/{revision}")
-def tag(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Response:
-    repo = find_repo(hub, request, repo_id, write=True)
-    if request.method == "POST":
-        repo.create_ref(f"refs/tags/{request.json['tag']}", repo.resolve(revision).oid)
-    else:
-        repo.delete_ref(f"refs/tags/{revision}")
+    repo.create_ref(f"refs/heads/{branch}", repo.resolve(request.json.get("startingPoint") or "main").oid)
     return Response.from_json({})
 
 
@@ -243,7 +167,7 @@ def commit(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> R
     )
     answer = {"success": True, "commitOid": new.oid, "commitUrl": f"{hub.endpoint}/{repo_id}/commit/{new.oid}"}
     if create_pr:
-        answer["pullRequestUrl"] = f"{hub.endpoint}/{repo_id}/discussions/{repo.pull_requests[-1].num}"
+        answer["pullRequestUrl"] = f"{hub.endpoint}/{repo_id}/discussions/{repo.pull_requests}"
     return Response.from_json(answer)
 
 
@@ -268,40 +192,6 @@ def _changes(repo: Repo, head: Commit, operations: list[tuple[str, dict[str, Any
         else:
             raise HubError(400, f"Unknown operation in a commit: {key}")
     return changes
-
-
-@route("GET|POST", _API + "/discussions")
-def discussions(hub: LoopbackHub, request: Request, repo_id: str) -> Response:
-    """Lists the pull requests, or opens an empty one; discussions without a change do not exist."""
-    repo = find_repo(hub, request, repo_id)
-    if request.method == "GET":
-        found = [_discussion(repo, pull_request) for pull_request in repo.pull_requests]
-        return Response.from_json({"discussions": found, "count": len(found), "start": 0})
-    user = require_user(request)
-    opened = repo.open_pull_request(request.json["title"], user.name, repo.resolve("main").oid)
-    return Response.from_json({"num": opened.num})
-
-
-@route("GET", _API + "/discussions/{num}")
-def discussion(hub: LoopbackHub, request: Request, repo_id: str, num: str) -> Response:
-    repo = find_repo(hub, request, repo_id)
-    found = [pull_request for pull_request in repo.pull_requests if str(pull_request.num) == num]
-    if not found:
-        raise HubError(404, f"No discussion {num}")
-    details = {"events": [], "filesWithConflicts": [], "changes": {"base": "refs/heads/main"}}
-    return Response.from_json({**_discussion(repo, found[0]), **details})
-
-
-def _discussion(repo: Repo, pull_request: PullRequest) -> dict[str, Any]:
-    return {
-        "num": pull_request.num,
-        "title": pull_request.title,
-        "author": {"name": pull_request.author},
-        "createdAt": timestamp(pull_request.created),
-        "status": "open",
-        "isPullRequest": True,
-        "repo": {"name": repo.id, "type": "model"},
-    }
 
 
 # Field names of the client's data classes

@@ -32,13 +32,6 @@ def lfs_batch(hub: LoopbackHub, request: Request, repo_id: str) -> Response:
         answer: dict[str, Any] = {"oid": oid, "size": size}
         if oid not in repo.lfs_objects:
             upload: dict[str, Any] = {"href": f"{hub.cdn_endpoint}/cdn/{repo_id}/{oid}"}
-            if size > hub.multipart_threshold:
-                count = -(-size // hub.multipart_threshold)
-                parts = {str(n): f"{upload['href']}/part/{n}" for n in range(1, count + 1)}
-                upload = {
-                    "href": f"{hub.endpoint}/{repo_id}.git/info/lfs/complete/{oid}",
-                    "header": {"chunk_size": str(hub.multipart_threshold), **parts},
-                }
             verify = {"href": f"{hub.endpoint}/{repo_id}.git/info/lfs/verify"}
             answer["actions"] = {"upload": upload, "verify": verify}
         objects.append(answer)
@@ -53,28 +46,11 @@ def lfs_verify(hub: LoopbackHub, request: Request, repo_id: str) -> Response:
     return Response.from_json({})
 
 
-@route("POST", "/{repo_id}.git/info/lfs/complete/{oid}")
-def lfs_complete(hub: LoopbackHub, request: Request, repo_id: str, oid: str) -> Response:
-    parts = hub.upload_parts.pop((repo_id, oid), {})
-    etags = {part["partNumber"]: part["etag"] for part in request.json["parts"]}
-    if etags != {number: _md5(data) for number, data in parts.items()}:
-        raise HubError(400, f"The parts of {oid} do not match what was uploaded")
-    _store(hub, repo_id, oid, b"".join(parts[number] for number in sorted(parts)))
-    return Response.from_json({})
-
-
 @route("PUT", "/cdn/{repo_id}/{oid}")
 def cdn_upload(hub: LoopbackHub, request: Request, repo_id: str, oid: str) -> Response:
     _refuse_token(request)
     _store(hub, repo_id, oid, request.body)
     return Response()
-
-
-@route("PUT", "/cdn/{repo_id}/{oid}/part/{number}")
-def cdn_upload_part(hub: LoopbackHub, request: Request, repo_id: str, oid: str, number: str) -> Response:
-    _refuse_token(request)
-    hub.upload_parts.setdefault((repo_id, oid), {})[int(number)] = request.body
-    return Response(headers={"ETag": _md5(request.body)})
 
 
 @route("GET", "/cdn/{repo_id}/{oid}")
@@ -89,10 +65,6 @@ def _store(hub: LoopbackHub, repo_id: str, oid: str, data: bytes) -> None:
     hub.repos[repo_id].lfs_objects[oid] = data
 
 
-def _md5(data: bytes) -> str:
-    return hashlib.md5(data).hexdigest()
-
-
 def _refuse_token(request: Request) -> None:
     """Storage behind signed URLs answers like this to a token of the Hub, which is none of its business."""
     if "Authorization" in request.headers:
@@ -103,14 +75,12 @@ def _refuse_token(request: Request) -> None:
 
 
 @route("GET|HEAD", "/{repo_id}/resolve/{revision}/{path}")
-@route("GET|HEAD", "/{repo_id}/raw/{revision}/{path}")
 def resolve(hub: LoopbackHub, request: Request, repo_id: str, revision: str, path: str) -> Response:
-    """A file's content, or for a large file the way to it; `raw` gives the LFS pointer instead."""
+    """A file's content, or for a large file the way to it."""
     commit, blob = find_repo(hub, request, repo_id, content=True).blob(revision, path)
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.git_oid}"'}
-    if not blob.lfs or request.path.startswith(f"/{repo_id}/raw/"):
-        data = blob.pointer if blob.lfs else blob.data
-        response = _content(hub, request, repo_id, path, blob.etag, data)
+    if not blob.lfs:
+        response = _content(hub, request, repo_id, path, blob.etag, blob.data)
         return Response(response.body, response.status, {**response.headers, **headers})
     size = len(hub.corrupted.get(blob.etag, blob.data))
     linked = {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{blob.etag}"'}

@@ -79,12 +79,6 @@ class HubEnv:
         self.monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         self.monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
-    def enable_xet(self) -> None:
-        """Lets the client use `hf_xet`, as for most users. Its multi-commit `upload_folder` then runs, which works
-        as long as no file is large: set `hub.lfs_by_name = False`."""
-        self.monkeypatch.setenv("HF_HUB_DISABLE_XET", "0")
-        self.monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-
 
 @contextmanager
 def hub_client_env(hub: LoopbackHub, home: Path) -> Iterator[HubEnv]:

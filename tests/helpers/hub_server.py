@@ -59,23 +59,20 @@ class LoopbackHub:
 
     Args:
         lfs_threshold (`int`, *optional*, defaults to 10 MB): Larger files go to LFS whatever their name.
-        multipart_threshold (`int`, *optional*, defaults to 64 MB): Larger files are uploaded in parts of this size.
 
     Attributes:
         requests (`list[Request]`): Every request since the start, in order of arrival.
         downloads (`Counter`): How often the content of `(repo_id, path)` was sent, whole or in part.
     """
 
-    def __init__(self, *, lfs_threshold: int = 10_000_000, multipart_threshold: int = 64_000_000):
-        self.lfs_threshold, self.multipart_threshold = lfs_threshold, multipart_threshold
-        self.lfs_by_name = True  # False: what `.gitattributes` names is stored like any other file
+    def __init__(self, *, lfs_threshold: int = 10_000_000):
+        self.lfs_threshold = lfs_threshold
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.downloads: Counter[tuple[str, str]] = Counter()
         self._faults: list[_Fault] = []
         self.corrupted: dict[str, bytes] = {}
-        self.upload_parts: dict[tuple[str, str], dict[int, bytes]] = {}
         self._crashes: list[Exception] = []
         self._lock = threading.RLock()
         self._servers = [_Server(self), _Server(self)]
@@ -241,7 +238,7 @@ class LoopbackHub:
 
     def is_large(self, repo: Repo, path: str, size: int, sample: bytes, revision: str = "main") -> bool:
         """Whether a new file is to be stored with git LFS."""
-        gitattributes = repo.resolve(revision).files.get(".gitattributes", b"") if self.lfs_by_name else b""
+        gitattributes = repo.resolve(revision).files.get(".gitattributes", b"")
         return is_large(path, size, sample[:512], gitattributes, self.lfs_threshold)
 
 

@@ -99,18 +99,6 @@ class Commit:
         return {path: blob.data for path, blob in self.blobs.items()}
 
 
-@dataclass(frozen=True)
-class PullRequest:
-    num: int
-    title: str
-    author: str
-    created: datetime
-
-    @property
-    def ref(self) -> str:
-        return f"refs/pr/{self.num}"
-
-
 @dataclass
 class Repo:
     """A model repository: refs that point into a history of commits, and large files waiting to be committed.
@@ -129,7 +117,7 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     history: dict[str, Commit] = field(default_factory=dict)
     lfs_objects: dict[str, bytes] = field(default_factory=dict)
-    pull_requests: list[PullRequest] = field(default_factory=list)
+    pull_requests: int = 0
 
     def __post_init__(self) -> None:
         files = {".gitattributes": Blob(GITATTRIBUTES)}
@@ -196,28 +184,17 @@ class Repo:
         elif parent is not None and not head.oid.startswith(parent):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         if create_pr:
-            ref = self.open_pull_request(title, author, head.oid).ref
+            self.pull_requests += 1
+            ref = f"refs/pr/{self.pull_requests}"
         else:
             ref = self.writable_ref(revision)
         blobs = {**head.blobs, **changes}
         return self._add_commit(ref, head.oid, {p: b for p, b in blobs.items() if b}, title, description, author)
 
-    def open_pull_request(self, title: str, author: str, base: str) -> PullRequest:
-        pull_request = PullRequest(len(self.pull_requests) + 1, title, author, datetime.now(timezone.utc))
-        self.pull_requests.append(pull_request)
-        self.refs[pull_request.ref] = base
-        return pull_request
-
     def create_ref(self, ref: str, target: str) -> None:
         if ref in self.refs:
             raise HubError(409, f"Reference already exists: {ref}")
         self.refs[ref] = target
-
-    def delete_ref(self, ref: str) -> None:
-        if ref == "refs/heads/main":
-            raise HubError(403, "The main branch cannot be deleted")
-        if self.refs.pop(ref, None) is None:
-            raise HubError(404, f"Invalid rev id: {ref}", "RevisionNotFound")
 
     def _add_commit(
         self, ref: str, parent: str | None, blobs: dict[str, Blob], title: str, description: str, author: str
