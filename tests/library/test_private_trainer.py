@@ -252,3 +252,18 @@ def test_secure_mode_trains_and_resumes(tmp_path: Path):
     again = private(tmp_path, config, max_steps=4, config=BitFitConfig())
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert facts_of(again)["steps"] == 4
+
+
+@pytest.mark.parametrize("values", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["bf16", "checkpointing"])
+def test_bf16_and_gradient_checkpointing(values, tmp_path):
+    ends = []
+    common = {"optim": "sgd", "max_steps": 2, "learning_rate": 0.1, "per_device_train_batch_size": 16}
+    for name, extra in (("plain", {}), ("other", values)):
+        trainer = private(tmp_path / name, NO_PRIVACY, **common, **extra)
+        trainer.train()
+        ends.append(tuned(trainer.model))
+    plain, other = (torch.cat([tensor.flatten() for tensor in end.values()]) for end in ends)
+    start = torch.cat([tensor.flatten() for tensor in tuned(private(tmp_path / "x", NO_PRIVACY).model).values()])
+    tolerance = 0.05 if "bf16" in values else 1e-5
+    assert float((plain - other).norm()) <= tolerance * float((plain - start).norm())
+    assert float((other - start).norm()) > 0
