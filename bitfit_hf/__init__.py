@@ -39,7 +39,7 @@ if TYPE_CHECKING or not _for_the_command_line():
     from .plot import plot_bias_change
     from .recompute import recompute_activations
     from .storage.fingerprint import base_mismatch
-    from .trainer import BitFitCallback, optimizer_groups
+    from .trainer import BitFitCallback, PrivacyConfig, optimizer_groups
     from .tuner import BitFitLayer, BitFitModel
     from .tuner.registration import register
 
@@ -50,6 +50,8 @@ if TYPE_CHECKING or not _for_the_command_line():
         "BitFitConfig",
         "BitFitLayer",
         "BitFitModel",
+        "PrivacyConfig",
+        "PrivateTrainer",
         "TaskBank",
         "base_mismatch",
         "bias_change",
@@ -59,6 +61,17 @@ if TYPE_CHECKING or not _for_the_command_line():
         "push_to_hub",
         "recompute_activations",
     ]
+
+    if TYPE_CHECKING:
+        from .trainer.private.trainer import PrivateTrainer
+
+    def __getattr__(name: str) -> Any:
+        """Loads [`PrivateTrainer`] when it is asked for: transformers' Trainer, its base, is large."""
+        if name != "PrivateTrainer":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .trainer.private.trainer import PrivateTrainer
+
+        return PrivateTrainer
 
     register()
 else:

@@ -26,6 +26,7 @@ __all__ = [
     "NoMatchError",
     "NonFiniteDeltaError",
     "OptimizerError",
+    "PrivacyError",
     "PushError",
     "RecomputationError",
     "RegistrationError",
@@ -112,6 +113,10 @@ class TrainerSetupError(BitFitError, RuntimeError):
 
 class OptimizerError(BitFitError, ValueError):
     """An optimizer cannot hold BitFit's parameter groups."""
+
+
+class PrivacyError(BitFitError, ValueError):
+    """Private training was asked for in a way whose guarantee would not hold, or that cannot meet its budget."""
 
 
 class PushError(BitFitError, OSError):

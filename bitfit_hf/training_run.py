@@ -37,6 +37,8 @@ class TrainingRun:
             The same of the data that the metrics are about, and the split of it. `""` says that they are about data
             from elsewhere, or about several data sets.
         versions (`dict[str, str]`, *optional*): Of the packages at work.
+        privacy (`dict[str, Any]`, *optional*): What a private run has spent: `epsilon` (not where there was no noise),
+            `delta`, `noise_multiplier`, `sample_rate`, `steps`, `max_grad_norm`, `accountant`.
 
     Attributes:
         weights_digest (`str`, *optional*):
@@ -56,6 +58,7 @@ class TrainingRun:
     eval_config: str | None = None
     eval_split: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights_digest: str | None = None
@@ -148,6 +151,10 @@ _CHECKS: dict[str, tuple[str, Callable[[TrainingRun, str], bool]]] = {
     "eval_config": ("a string", _optional(lambda value: isinstance(value, str))),
     "eval_split": ("a string", _optional(lambda value: isinstance(value, str))),
     "versions": ("a mapping of names to strings", _mapping(lambda value: isinstance(value, str))),
+    "privacy": (
+        "a mapping of names to numbers or strings",
+        _mapping(lambda value: isinstance(value, str) or _is_number(value)),
+    ),
 }
 
 

@@ -73,6 +73,7 @@ class BitFitCardData:
         num_labels (`int`, *optional*), labels (`list[str]`, *optional*), problem_type (`str`, *optional*):
             Of the head.
         procedure (`dict[str, str]`, *optional*): How it was trained: what is said of it, in words.
+        privacy (`dict[str, Any]`, *optional*): What a private run has spent.
         versions (`dict[str, str]`, *optional*): Of the packages at work.
         metrics (`dict[str, float]`, *optional*): Of the last evaluation.
         dataset (`str`, *optional*), dataset_config (`str`, *optional*): The training data, and which part of it.
@@ -100,6 +101,7 @@ class BitFitCardData:
     labels: list[str] = field(default_factory=list)
     problem_type: str | None = None
     procedure: dict[str, str] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     dataset: str | None = None
@@ -172,6 +174,7 @@ class BitFitCardData:
             found.labels = []
         if run is not None:
             found.procedure = _procedure(run)
+            found.privacy = dict(run.privacy)
             found.versions = dict(sorted(run.versions.items()))
             metrics = sorted(run.metrics.items(), key=lambda item: (item[0].endswith("loss"), item[0]))
             found.metrics = {name: value for name, value in metrics if _is_metric(name, value)}

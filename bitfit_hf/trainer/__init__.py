@@ -2,5 +2,6 @@
 
 from .callback import BitFitCallback
 from .parameter_groups import optimizer_groups
+from .private import PrivacyConfig
 
-__all__ = ["BitFitCallback", "optimizer_groups"]
+__all__ = ["BitFitCallback", "PrivacyConfig", "optimizer_groups"]

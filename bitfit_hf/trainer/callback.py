@@ -50,6 +50,8 @@ from .parameter_groups import (
     trainable_deltas,
     trainable_head,
 )
+from .private.checks import require_private_trainer
+from .private.config import PrivacyConfig
 from .push import check_base_name, check_card_place, prepare_push
 from .rates import LrScale, describe_scale, term_scale
 
@@ -88,6 +90,8 @@ class BitFitCallback(TrainerCallback):
         recompute_activations (`bool`, *optional*, defaults to `False`):
             Trains with less memory and a sixth to a fifth slower, with the same result: see
             [`~bitfit_hf.recompute_activations`]. In force while `train()` runs.
+        privacy ([`PrivacyConfig`], *optional*):
+            Trains with differential privacy, in a [`PrivateTrainer`] only.
 
     Raises:
         [`TrainerSetupError`]: The Trainer would train something else; the message says how to set it up.
@@ -119,7 +123,10 @@ class BitFitCallback(TrainerCallback):
         lr_scale: LrScale = "default",
         adapter_name: str = "default",
         recompute_activations: bool = False,
+        privacy: PrivacyConfig | None = None,
     ) -> None:
+        if privacy is not None and not isinstance(privacy, PrivacyConfig):
+            raise TrainerSetupError(f"`privacy` must be a PrivacyConfig, got {type(privacy).__name__}.")
         if config is not None and not isinstance(config, BitFitConfig):
             raise TrainerSetupError(f"`config` must be a BitFitConfig, got {type(config).__name__}.")
         if head_learning_rate is not None and not (
@@ -134,6 +141,7 @@ class BitFitCallback(TrainerCallback):
         self.head_learning_rate = None if head_learning_rate is None else float(head_learning_rate)
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
+        self.privacy = privacy
         self._warned: list[float] = []
         self._begin()
 
@@ -167,6 +175,8 @@ class BitFitCallback(TrainerCallback):
         if model is None:
             raise TrainerSetupError("The Trainer has no model to tune.")
         trainer = trainer_being_made()
+        if self.privacy is not None:
+            require_private_trainer(trainer)
         self._prepare(model, args)
         if trainer is not None:
             self._join(trainer)

@@ -78,6 +78,7 @@ class BitFitHead(ModulesToSaveWrapper):
         self._shown: str | None = None  # the adapter whose labels the model's config holds at present
         self._label_owner: tuple[PreTrainedModel] | None = None
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
+        self._tape: Any = None  # a `PerExample`, while per-example gradients are taken
         # ModulesToSaveWrapper's own __init__ would not pass the number of labels on to `update`.
         super(ModulesToSaveWrapper, self).__init__(module_to_save, adapter_name, **kwargs)
 
@@ -208,6 +209,8 @@ class BitFitHead(ModulesToSaveWrapper):
         module = self.modules_to_save[self.active_adapters[0]]
         inputs = [_in_dtype_of(module, value) for value in args]
         named = {name: _in_dtype_of(module, value) for name, value in kwargs.items()}
+        if self._tape is not None:
+            return self._handed_on(self._tape.head(self, module, (*inputs, *named.values())), args)
         return self._handed_on(module(*inputs, **named), (*args, *kwargs.values()))
 
     def _handed_on(self, result: Any, inputs: tuple[Any, ...]) -> Any:

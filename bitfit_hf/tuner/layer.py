@@ -51,6 +51,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self._tied: dict[str, tuple[BitFitLayer, str]] = {}
         self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
         self._mixed: MixedBatch | None = None  # while a mixed batch runs
+        self._tape: Any = None  # a `PerExample`, while per-example gradients are taken
+        self._own_forward = False  # then: whether it is the layer's own forward that runs
         self._head: tuple[BitFitHead, ...] = ()
         self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
@@ -67,8 +69,24 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_names is not None and self._only is None:
             return self._mixed_forward(adapter_names, *args, **kwargs)
+        if self._tape is not None:
+            return self._forward_per_example(self._tape, *args, **kwargs)
         result = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]
         return self._add_to_output(result) if self._adds_to_output else result
+
+    def _forward_per_example(self, tape: Any, *args: Any, **kwargs: Any) -> Any:
+        self._own_forward = True
+        try:
+            result = self.base_layer(*tape.shared_input(self, args), **kwargs)
+        finally:
+            self._own_forward = False
+        if "bias" not in self.bias_parameters:
+            return result  # its vectors are read inside, one row per example
+        if self._adds_to_output:
+            with torch.no_grad():
+                added = self._add_to_output(torch.zeros((), dtype=result.dtype, device=result.device))
+            result = result + added
+        return tape.tap(self, result)
 
     def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
         for parameter in self.bias_parameters:
@@ -112,7 +130,21 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.adapters_in_use if name in deltas]
         if not names:
             return base
+        if self._tape is not None:
+            return self._read_per_example(self._tape, parameter, base, names)
         return self._sum(parameter, base, names)
+
+    def _read_per_example(self, tape: Any, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> Any:
+        """The bias without a gradient, which is taken at the layer's output; of a vector, one row per example."""
+        if not self._own_forward:
+            raise UnsupportedLayerError(
+                f"The `{parameter}` of a {stock_class(self.base_layer).__name__} layer is read by other code than the "
+                "layer's own forward, so its gradient has no part per example, and it cannot be trained privately. "
+                "Leave it out with `exclude_modules`."
+            )
+        with torch.no_grad():
+            value = self._sum(parameter, base, names)
+        return value if parameter == "bias" else tape.vector(self, parameter, value)
 
     def _sum(self, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> torch.Tensor:
         deltas, layer = self._deltas(parameter), self.base_layer

@@ -1,0 +1,208 @@
+"""[`Ledger`]: what a run has spent, and the generators that its batches and noise come from."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import PrivacyError
+from ...storage.files import write_bytes
+from .config import PrivacyConfig
+from .gradients import Noise, generator_noise, secure_noise
+
+LEDGER_FILE = "privacy.json"
+
+
+class Ledger:
+    """
+    Counts updates with Opacus' accountant, and is saved in every checkpoint.
+
+    The generators are seeded by the operating system and never by the Trainer's `seed`, which a card quotes: who knows
+    the seed of the noise can subtract it. Their states are in the checkpoint, so a resumed run draws the batches and
+    the noise that the killed one drew after it, and a step that is taken twice is one and the same release. Keep
+    checkpoints to yourself; a push never holds them.
+
+    Args:
+        config ([`PrivacyConfig`]): What was asked for.
+        examples (`int`): Size of the training data.
+        expected_batch_size (`int`): Examples per update, on average.
+    """
+
+    def __init__(self, config: PrivacyConfig, examples: int, expected_batch_size: int) -> None:
+        from opacus.accountants import create_accountant
+
+        if expected_batch_size > examples:
+            raise PrivacyError(
+                f"An update takes {expected_batch_size} examples on average, and the training data has {examples}. "
+                "Lower `per_device_train_batch_size` or `gradient_accumulation_steps`."
+            )
+        self.config = config
+        self.examples = examples
+        self.delta = config.delta_for(examples)
+        self.expected_batch_size = expected_batch_size
+        self.sample_rate = expected_batch_size / examples
+        self.noise_multiplier = config.noise_multiplier
+        self.accountant = create_accountant(mechanism=config.accountant)
+        self._batches, self._noise = (torch.Generator().manual_seed(secrets.randbits(63)) for _ in range(2))
+
+    # --- randomness ---
+
+    def batch_generator(self) -> torch.Generator:
+        """What the next batch is drawn with."""
+        return torch.Generator().manual_seed(secrets.randbits(63)) if self.config.secure_mode else self._batches
+
+    @property
+    def noise(self) -> Noise:
+        """What makes noise."""
+        return secure_noise if self.config.secure_mode else generator_noise(self._noise)
+
+    # --- the budget ---
+
+    @property
+    def steps(self) -> int:
+        """Updates so far."""
+        return sum(steps for _, _, steps in self.accountant.history)
+
+    def plan(self, steps: int) -> None:
+        """Settles the noise for a run of `steps` updates more, or checks it where it is settled.
+
+        Raises:
+            [`PrivacyError`]: The run cannot meet the ε that was asked for.
+        """
+        target = self.config.target_epsilon
+        if target is None or steps <= 0:
+            return
+        if self.noise_multiplier is None:
+            self.noise_multiplier = self._calibrated(target, steps)
+        planned = self._epsilon_of([*self.accountant.history, (self.noise_multiplier, self.sample_rate, steps)])
+        if planned > target:
+            raise PrivacyError(
+                f"{steps} updates more would bring ε to {planned:.3f}, above target_epsilon={target:g}: {self.steps} "
+                f"updates with noise multiplier {self.noise_multiplier:.4g} are spent already. A budget is for all "
+                "training on one model; stop here, or begin again from the base with all the steps planned."
+            )
+
+    def _calibrated(self, target: float, steps: int) -> float:
+        from opacus.accountants.utils import get_noise_multiplier
+
+        try:
+            return get_noise_multiplier(
+                target_epsilon=target,
+                target_delta=self.delta,
+                sample_rate=self.sample_rate,
+                steps=steps,
+                accountant=self.config.accountant,
+            )
+        except (ValueError, RuntimeError, MemoryError, OverflowError) as error:
+            raise PrivacyError(
+                f"No noise meets target_epsilon={target:g} with δ = {self.delta:g} over {steps} updates at a sampling "
+                f"rate of {self.sample_rate:.4g} ({type(error).__name__}: {error}). Ask for a larger ε, train fewer "
+                "epochs, or use a smaller batch."
+            ) from error
+
+    def spend(self) -> None:
+        """Counts one update. With no noise there is nothing to count with."""
+        self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
+
+    def epsilon(self) -> float | None:
+        """What has been spent; `None` where there was an update without noise."""
+        return self._epsilon_of(self.accountant.history)
+
+    def _epsilon_of(self, history: list[tuple[float, float, int]]) -> Any:
+        from opacus.accountants import create_accountant
+
+        if any(noise == 0 for noise, _, _ in history):
+            return None
+        if not history:
+            return 0.0
+        merged: list[tuple[float, float, int]] = []
+        for noise, rate, steps in history:
+            if merged and merged[-1][:2] == (noise, rate):
+                merged[-1] = (noise, rate, merged[-1][2] + steps)
+            else:
+                merged.append((noise, rate, steps))
+        accountant = create_accountant(mechanism=self.config.accountant)
+        accountant.history = merged
+        epsilon = float(accountant.get_epsilon(delta=self.delta))
+        if not math.isfinite(epsilon):
+            raise PrivacyError(
+                f"Opacus' {self.config.accountant} accountant gives no finite ε for {merged}. Use "
+                '`accountant="rdp"`, or more noise.'
+            )
+        return epsilon
+
+    def facts(self) -> dict[str, Any]:
+        """What a card may quote."""
+        known = {
+            "epsilon": self.epsilon(),
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "sample_rate": self.sample_rate,
+            "steps": self.steps,
+            "max_grad_norm": self.config.max_grad_norm,
+            "accountant": self.config.accountant,
+        }
+        infinite = {name for name, value in known.items() if isinstance(value, float) and not math.isfinite(value)}
+        return {name: value for name, value in known.items() if value is not None and name not in infinite}
+
+    # --- checkpoints ---
+
+    def save(self, folder: Path) -> None:
+        """Writes the file that a resumed run goes on from."""
+        values = {
+            "examples": self.examples,
+            "sample_rate": self.sample_rate,
+            "max_grad_norm": str(self.config.max_grad_norm),
+            "accountant": self.config.accountant,
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+            "history": self.accountant.history,
+            "generators": None
+            if self.config.secure_mode
+            else [bytes(generator.get_state().tolist()).hex() for generator in (self._batches, self._noise)],
+        }
+        write_bytes(folder / LEDGER_FILE, json.dumps(values, indent=1).encode())
+
+    def load(self, folder: Path, step: int) -> None:
+        """Goes on from a checkpoint.
+
+        Args:
+            folder (`Path`): The checkpoint.
+            step (`int`): Its number of updates.
+
+        Raises:
+            [`PrivacyError`]: It is not a checkpoint of this private run.
+        """
+        path = folder / LEDGER_FILE
+        try:
+            values = json.loads(path.read_bytes())
+            history = [(float(noise), float(rate), int(steps)) for noise, rate, steps in values["history"]]
+            noise = float(values["noise_multiplier"])
+            own = (self.examples, self.sample_rate, str(self.config.max_grad_norm), self.config.accountant, self.delta)
+            saved = tuple(values[name] for name in ("examples", "sample_rate", "max_grad_norm", "accountant", "delta"))
+            states = values["generators"]
+            states = states and [torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for state in states]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PrivacyError(
+                f"{path} cannot be read ({type(error).__name__}: {error}), so it is not known what was spent up to "
+                "this checkpoint. A private run resumes from a checkpoint of a private run only."
+            ) from error
+        if saved != own:
+            raise PrivacyError(
+                f"{path} is of another run: examples, sampling rate, clip, accountant and δ were {saved} and are "
+                f"{own}. Resume with the same data, batch size and PrivacyConfig."
+            )
+        if self.noise_multiplier not in (None, noise) or (states is None) != self.config.secure_mode:
+            raise PrivacyError(f"{path} was saved with another noise or `secure_mode`. Resume with the same.")
+        spent = sum(steps for _, _, steps in history)
+        if spent < step or any(steps < 0 or not 0 < rate <= 1 or noise < 0 for noise, rate, steps in history):
+            raise PrivacyError(f"{path} counts {spent} updates for a checkpoint of {step}; it has been changed.")
+        self.noise_multiplier, self.accountant.history = noise, history
+        if states:
+            self._batches.set_state(states[0])
+            self._noise.set_state(states[1])
