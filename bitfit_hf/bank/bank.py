@@ -387,6 +387,16 @@ class TaskBank:
         return self._base.device
 
     @property
+    def base_dtype(self) -> str:
+        """The precision of the base's weights: `float32`, `bfloat16`, …"""
+        return str(self._base.model.dtype).removeprefix("torch.")
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of the base's repo, where transformers has noted one."""
+        return getattr(self._base.model.config, "_commit_hash", None)
+
+    @property
     def max_length(self) -> int | None:
         """How many tokens the base takes, where its configuration says so."""
         return self._positions.most

@@ -34,7 +34,7 @@ from bitfit_hf.cli import app, checkpoints
 from bitfit_hf.terms import find_biases
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["inspect", "diff", "merge", "extract", "export", "push", "plot"]
+COMMANDS = ["inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
 LABELS = {0: "no", 1: "perhaps", 2: "yes", 3: "certainly"}
 BERT = ARCHITECTURES["bert-sequence"]
 TOKENIZER = {"vocab.txt": b"[PAD]\n", "tokenizer_config.json": b'{"do_lower_case": true}'}
