@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from ..bank import EncodedText, TaskBank
 from ..errors import BitFitError, TaskBankError, UnknownTaskError
-from ..terms.tasks import FEATURE_EXTRACTION
+from ..terms.tasks import FEATURE_EXTRACTION, SEQUENCE_CLASSIFICATION
 from . import problems
 from .embedding import Pooling, embedding
 from .metrics import Metrics
@@ -100,6 +100,9 @@ class Engine:
         task = self._info(name)
         if task.type == FEATURE_EXTRACTION.tag:
             raise Problem(424, f"The task {task.name!r} has no head that predicts; POST /embed.", problems.BACKEND)
+
+        if raw_scores and task.type != SEQUENCE_CLASSIFICATION.tag:
+            raise problems.invalid(f"`raw_scores` is for text classification, and {task.name!r} is a {task.type}.")
 
         def finish(text: EncodedText, values: dict[str, Any]) -> Any:
             prediction: Any = text.prediction(values, raw_scores=raw_scores)
