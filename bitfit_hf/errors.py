@@ -32,8 +32,10 @@ __all__ = [
     "RegistrationError",
     "StockExportError",
     "TaskBankError",
+    "TextTooLongError",
     "TrainerSetupError",
     "UnknownHeadError",
+    "UnknownTaskError",
     "UnknownTermError",
     "UnsupportedLayerError",
 ]
@@ -131,12 +133,24 @@ class TaskBankError(BitFitError, ValueError):
     """A request to a [`TaskBank`] cannot be answered; the bank is as it was."""
 
 
+class UnknownTaskError(TaskBankError):
+    """A [`TaskBank`] has no task of that name, or no longer the one that a text was encoded for."""
+
+
+class TextTooLongError(TaskBankError):
+    """A text has more tokens than the model takes, and was not to be cut."""
+
+
 class RecomputationError(BitFitError, RuntimeError):
     """What the backward pass computes again would no longer be what the forward pass computed."""
 
 
 class CheckpointError(BitFitError, ValueError):
     """A base model or tuned model that was named on the command line cannot be used."""
+
+
+class ServingError(BitFitError, ValueError):
+    """`bitfit serve` cannot start with these options, or a task cannot be served over HTTP."""
 
 
 class OutputError(BitFitError, OSError):

@@ -19,5 +19,6 @@ writes into the weights that the base shares with the model that was given. `pre
 
 from .bank import TaskBank
 from .output import BankOutput
+from .predict import EncodedText
 
-__all__ = ["BankOutput", "TaskBank"]
+__all__ = ["BankOutput", "EncodedText", "TaskBank"]

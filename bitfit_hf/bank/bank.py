@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..delta.value import BiasDelta
-from ..errors import TaskBankError
+from ..errors import TaskBankError, UnknownTaskError
 from ..storage.fingerprint import OnMismatch
 from ..tuner.head import Labels
 from ..tuner.layer import span_index
@@ -20,7 +21,7 @@ from .base import Base
 from .batch import Batch, BatchTask, running
 from .output import BankOutput
 from .positions import Positions
-from .predict import Prediction, predict
+from .predict import EncodedText, Prediction, TextTask, predict, run_together
 from .requests import check_batch, check_texts
 from .source import DeltaSource
 from .store import BankTask, LoadedTask, TaskStore
@@ -90,6 +91,7 @@ class TaskBank:
         self._models = TaskModels(self._base)
         self._positions = Positions.of(self._base.model)
         self._store = TaskStore(self._base.sites, max_tasks, self._load)
+        self._tokenizing = threading.Lock()
 
     # --- tasks ---
 
@@ -99,6 +101,7 @@ class TaskBank:
         source: BiasDelta | str | os.PathLike[str],
         *,
         pin: bool = False,
+        replace: bool = False,
         revision: str | None = None,
         subfolder: str | None = None,
         token: str | bool | None = None,
@@ -113,6 +116,9 @@ class TaskBank:
             source ([`BiasDelta`], `str` or `os.PathLike`): A delta, or the folder or Hub repo of one. A delta may be
                 edited afterwards; the task stays as it was added.
             pin (`bool`, *optional*, defaults to `False`): Never drops it from memory.
+            replace (`bool`, *optional*, defaults to `False`):
+                Takes the place of a task of that name in one step, once all is checked; requests that run with the
+                other one end as they began.
             revision (`str`, *optional*), subfolder (`str`, *optional*), token (`str` or `bool`, *optional*),
             cache_dir (`str` or `os.PathLike`, *optional*), local_files_only (`bool`, *optional*):
                 For a Hub repo. The commit found now is the one that is read again later.
@@ -137,7 +143,7 @@ class TaskBank:
         origin = DeltaSource.of(source, options)
         with self._store.writing:
             self._base.watch.check_values()
-            if name in self._store.tasks:
+            if name in self._store.tasks and not replace:
                 raise TaskBankError(f"The bank has a task {name!r} already. Remove it first, or choose another name.")
             self._store.check_room()
             if self._store.limit is not None and not pin:
@@ -226,9 +232,13 @@ class TaskBank:
             [`TaskBankError`]: A name is unknown, there are more or fewer names than examples, or none at all; the
                 weights of the base have been written into.
         """
-        names = check_batch(tasks, encoded)
+        return self._run(check_batch(tasks, encoded), encoded, {})
+
+    def _run(
+        self, names: Sequence[str | None], encoded: Mapping[str, torch.Tensor], meant: Mapping[str, BankTask]
+    ) -> BankOutput:
         self._base.watch.check()
-        with self._store.using(names) as held:
+        with self._store.using(names, meant) as held:
             places: dict[str | None, list[int]] = defaultdict(list)
             for example, name in enumerate(names):
                 places[name].append(example)
@@ -291,15 +301,70 @@ class TaskBank:
                 question leaves no room for its context; a task takes something else than texts.
         """
         checked, names = check_texts(texts, tasks, batch_size)
-        return predict(
-            checked,
-            names,
-            {name: self._model_and_labels(name) for name in dict.fromkeys(names)},
-            encoder=TextEncoder(self.tokenizer, self._positions, self.device),
-            run=self,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        encoder = self._encoder()
+        known = {name: self._text_task(name, encoder) for name in dict.fromkeys(names)}
+        encoded = [
+            EncodedText(text, known[name], encoder.encode(number, text, question=known[name].question))
+            for number, (text, name) in enumerate(zip(checked, names, strict=True))
+        ]
+        return predict(encoded, run=self.run, batch_size=batch_size, progress=progress)
+
+    def encode(self, text: str | tuple[str, str], task: str | None, *, truncate: bool = True) -> EncodedText:
+        """The first half of [`~TaskBank.predict`], for whoever makes batches of their own: the tokens of a text.
+
+        Args:
+            text (`str` or `tuple[str, str]`): A text, or a pair.
+            task (`str`, *optional*): Its task; `None` for the base model.
+            truncate (`bool`, *optional*, defaults to `True`): Cuts a text that is longer than the model takes.
+
+        Returns:
+            [`EncodedText`]: With its `length` in tokens, and `runs_with`, which says what it may run together with.
+
+        Raises:
+            [`UnknownTaskError`]: There is no such task.
+            [`TextTooLongError`]: The text is longer than the model takes, and is not to be cut.
+            [`TaskBankError`]: As for [`~TaskBank.predict`].
+        """
+        ((checked,), (name,)) = check_texts([text], [task], 1)
+        encoder = self._encoder()
+        known = self._text_task(name, encoder)
+        return EncodedText(checked, known, encoder.encode(0, checked, question=known.question, truncate=truncate))
+
+    @torch.no_grad()
+    def run(self, texts: Sequence[EncodedText]) -> list[dict[str, Any]]:
+        """The second half: one forward pass for texts that may run together.
+
+        Each is answered by the task that it was encoded for and by no other that has its name by now.
+
+        Args:
+            texts (`Sequence[EncodedText]`): Texts of this bank with one `runs_with`.
+
+        Returns:
+            `list[dict[str, Any]]`: What each one's model returns, on the CPU and without padding;
+            `text.prediction(values)` makes labels and scores of it.
+
+        Raises:
+            [`UnknownTaskError`]: A task has been removed or replaced since.
+            [`TaskBankError`]: As for a call.
+        """
+        meant: dict[str, BankTask] = {}
+        for text in texts:
+            entry = text.task.entry
+            if entry is not None and meant.setdefault(entry.name, entry) is not entry:
+                raise UnknownTaskError(f"The task {entry.name!r} was replaced between two of these texts.")
+
+        def run(*, tasks: Sequence[str | None], **encoded: torch.Tensor) -> BankOutput:
+            return self._run(tasks, encoded, meant)
+
+        return run_together(texts, encoder=self._encoder(), run=run)
+
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self._positions, self.device, self._tokenizing)
+
+    def _text_task(self, name: str | None, encoder: TextEncoder) -> TextTask:
+        entry = None if name is None else self._store.find(name)
+        model, labels = self._model_and_labels(entry)
+        return TextTask.of(name, model, labels, entry, encoder=encoder, run=self)
 
     def describe(self, name: str | None) -> tuple[str, Labels | None]:
         """Name of the model class of a task, or of the base, and its labels, where it has some.
@@ -307,12 +372,11 @@ class TaskBank:
         Raises:
             [`TaskBankError`]: There is no such task.
         """
-        model, labels = self._model_and_labels(name)
+        model, labels = self._model_and_labels(None if name is None else self._store.find(name))
         return model.name, labels
 
-    def _model_and_labels(self, name: str | None) -> tuple[TaskModel, Labels | None]:
-        if name is not None:
-            task = self._store.find(name)
+    def _model_and_labels(self, task: BankTask | None) -> tuple[TaskModel, Labels | None]:
+        if task is not None:
             return task.model, task.labels
         base = self._base.model
         return self._models.of_base, Labels.of(base) if getattr(base.config, "id2label", None) else None
@@ -321,6 +385,16 @@ class TaskBank:
     def device(self) -> torch.device:
         """Where the base is."""
         return self._base.device
+
+    @property
+    def base_dtype(self) -> str:
+        """The precision of the base's weights: `float32`, `bfloat16`, …"""
+        return str(self._base.model.dtype).removeprefix("torch.")
+
+    @property
+    def base_revision(self) -> str | None:
+        """The commit of the base's repo, where transformers has noted one."""
+        return getattr(self._base.model.config, "_commit_hash", None)
 
     @property
     def max_length(self) -> int | None:

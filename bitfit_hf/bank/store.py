@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..delta.value import BiasDelta
-from ..errors import TaskBankError
+from ..errors import TaskBankError, UnknownTaskError
 from ..tuner.head import Labels
 from .sites import Site
 from .source import DeltaSource
@@ -85,18 +85,22 @@ class TaskStore:
     # --- requests ---
 
     @contextmanager
-    def using(self, names: Sequence[str | None]) -> Iterator[dict[str, LoadedTask]]:
+    def using(
+        self, names: Sequence[str | None], meant: Mapping[str, BankTask] | None = None
+    ) -> Iterator[dict[str, LoadedTask]]:
         """Holds the tasks of a request in memory while the block runs.
 
         Args:
             names (`Sequence[str]`): Its tasks; `None` is nobody's.
+            meant (`Mapping[str, BankTask]`, *optional*): What these names have to stand for.
 
         Raises:
-            [`TaskBankError`]: A name is unknown, or there are more names than may be in memory.
+            [`UnknownTaskError`]: A name is unknown, or stands for another task than is meant.
+            [`TaskBankError`]: There are more names than may be in memory.
         """
         held: dict[str, LoadedTask] = {}
         try:
-            self._hold(list(dict.fromkeys(name for name in names if name is not None)), held)
+            self._hold(list(dict.fromkeys(name for name in names if name is not None)), meant or {}, held)
             yield held
         finally:
             with self._state:
@@ -104,9 +108,9 @@ class TaskStore:
                     loaded.users -= 1
                     self._give_back_if_unused(loaded)
 
-    def _hold(self, wanted: Sequence[str], held: dict[str, LoadedTask]) -> None:
+    def _hold(self, wanted: Sequence[str], meant: Mapping[str, BankTask], held: dict[str, LoadedTask]) -> None:
         with self._state:
-            tasks = self._look_up(wanted)
+            tasks = self._look_up(wanted, meant)
             if all(task.loaded is not None for task in tasks):
                 for task in tasks:
                     self._use(task, held)
@@ -119,18 +123,25 @@ class TaskStore:
             )
         with self.writing:
             for name in wanted:
-                task = self.find(name)
+                with self._state:
+                    (task,) = self._look_up([name], meant)
                 if task.loaded is None:
                     self.bring_in(task, task.source.read, keep=held)
                 with self._state:
                     self._use(task, held)
 
-    def _look_up(self, names: Sequence[str]) -> list[BankTask]:
+    def _look_up(self, names: Sequence[str], meant: Mapping[str, BankTask] | None = None) -> list[BankTask]:
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
-            raise TaskBankError(
+            raise UnknownTaskError(
                 f"The bank has no task {', '.join(map(repr, unknown[:8]))} (never added, or removed). It has "
                 f"{len(self.tasks)}: {', '.join(map(repr, list(self.tasks)[:8]))}{', ...' * (len(self.tasks) > 8)}."
+            )
+        replaced = [name for name, task in (meant or {}).items() if name in names and self.tasks[name] is not task]
+        if replaced:
+            raise UnknownTaskError(
+                f"The task {', '.join(map(repr, replaced[:8]))} has been replaced since the text was encoded for it. "
+                "Encode it again."
             )
         return [self.tasks[name] for name in names]
 
@@ -138,7 +149,7 @@ class TaskStore:
         """The task of that name.
 
         Raises:
-            [`TaskBankError`]: There is none.
+            [`UnknownTaskError`]: There is none.
         """
         with self._state:
             return self._look_up([name])[0]
@@ -153,7 +164,7 @@ class TaskStore:
     # --- changes; all with `writing` held ---
 
     def bring_in(self, task: BankTask, read: Callable[[], BiasDelta], keep: Container[str] = ()) -> None:
-        """Loads a task, new or known, dropping others where there are too many.
+        """Loads a task, new or known, dropping others where there are too many. One that had its name is dropped too.
 
         Args:
             task ([`BankTask`]): The task; requests find it once it is in memory.
@@ -174,7 +185,10 @@ class TaskStore:
             self._clock += 1
             task.used = self._clock
             task.loaded = loaded
+            before = self.tasks.get(task.name)
             self.tasks[task.name] = task
+            if before is not None and before is not task and before.loaded is not None:
+                self._drop(before)
 
     def check_room(self) -> None:
         """Raises [`TaskBankError`] where all that are in memory have to stay."""

@@ -1,5 +1,5 @@
 """`python -m bitfit_hf.cli`, and `accelerate launch -m bitfit_hf.cli` for several processes."""
 
-from .app import app
+from . import app
 
 app(prog_name="bitfit")

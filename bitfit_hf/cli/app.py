@@ -70,7 +70,7 @@ def bitfit(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
-    """Inspect, compare, merge, extract, export, push and draw BitFit deltas.
+    """Inspect, compare, merge, extract, export, push, draw and serve BitFit deltas.
 
     A DELTA is a folder or a Hub repo; a folder of that name wins. Nothing is looked up on the Hub for a folder.
     A mistake ends with one line on stderr and exit code 1.
@@ -100,8 +100,9 @@ def inspect(
       bitfit inspect ./rte --json
       bitfit inspect bert-base-uncased --task-type SEQ_CLS
     """
+    from ..card.metrics import add_card
     from . import reports, tables
-    from .checkpoints import add_card, build_on_meta, is_base, model_class, read_model_config
+    from .checkpoints import build_on_meta, is_base, model_class, read_model_config
 
     if is_base(name, revision=revision, token=token):
         config = read_model_config(name, revision=revision, token=token)

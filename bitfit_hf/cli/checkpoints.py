@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..config import BitFitConfig
 from ..errors import CheckpointError, OutputError
 from ..hub.contents import TOKENIZER_FILES
-from ..storage.files import CARD_FILE, CONFIG_FILE
+from ..storage.files import CONFIG_FILE
 from ..terms.tasks import BY_PEFT_NAME
 
 MODEL_CONFIG = "config.json"
@@ -51,14 +51,6 @@ def is_base(path_or_repo: str, *, revision: str | None = None, token: str | None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         return isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
     return False
-
-
-def add_card(folder: Path, path_or_repo: str, *, token: str | None = None) -> None:
-    """Fetches the card of a delta from the Hub into the `folder` of its other files, if it has one."""
-    if Path(path_or_repo).is_dir():
-        return
-    with suppress(EntryNotFoundError):
-        hf_hub_download(path_or_repo, CARD_FILE, revision=folder.name, token=token)
 
 
 def read_model_config(path_or_repo: str, *, revision: str | None = None, token: str | None = None) -> PretrainedConfig:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import ModelCard
 from torch import nn
 
 from ..analysis import bias_change, pieces, term_counts
+from ..card.metrics import card_metrics
 from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..storage.files import CARD_FILE
@@ -109,34 +106,6 @@ def _missing(model: nn.Module) -> int | None:
         return 0
     except UnknownHeadError:
         return None
-
-
-def card_metrics(card: Path) -> list[dict[str, Any]]:
-    """The results in the `model-index` of a model card; what cannot be read is left out, with a warning."""
-    if not card.is_file():
-        return []
-    try:
-        data: Any = ModelCard(card.read_text(encoding="utf-8")).data
-        results = data.eval_results or []
-    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
-        warnings.warn(f"The metadata of {card.name} cannot be read ({error}), so no metrics are shown.", stacklevel=2)
-        return []
-    return [
-        {
-            "dataset": result.dataset_name or result.dataset_type,
-            "split": result.dataset_split,
-            "metric": result.metric_name or result.metric_type,
-            "value": _plain_value(result.metric_value),
-        }
-        for result in results
-    ]
-
-
-def _plain_value(value: Any) -> Any:
-    """What JSON can hold of a value from YAML."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (int, float, str)) or value is None else str(value)
 
 
 def compare(a: BiasDelta, b: BiasDelta) -> dict[str, Any]:

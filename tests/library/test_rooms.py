@@ -26,6 +26,7 @@ ROOMS = [
     "card",
     "hub",
     "bank",
+    "serving",
     "trainer",
     "__init__",
     "cli",

@@ -1,0 +1,63 @@
+"""From settings to an engine with its tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import AutoModel, AutoTokenizer
+
+from ..bank import TaskBank
+from ..errors import ServingError, collect
+from .embedding import Pooling, pooling_of
+from .engine import Engine
+from .settings import Settings
+from .tasks import add_all, task_folders
+
+
+def load_engine(settings: Settings) -> tuple[Engine, list[str]]:
+    """Loads the base and the tasks.
+
+    A task that cannot be loaded takes nobody with it: it is reported, and the server starts with the others. It does
+    not start where none of those asked for is left, nor with `strict`.
+
+    Args:
+        settings ([`Settings`]): The options.
+
+    Returns:
+        `tuple[Engine, list[str]]`: The engine, and one line for each task that is left out.
+
+    Raises:
+        [`ServingError`]: The base cannot be loaded; or the tasks cannot be, see above.
+    """
+    sources = {**(task_folders(settings.tasks_dir) if settings.tasks_dir else {}), **settings.tasks}
+    engine = Engine(
+        load_bank(settings),
+        settings,
+        pooling=cast(Pooling, settings.pooling) or pooling_of(settings.base, settings.base_revision),
+    )
+    problems = add_all(engine.tasks, sources.items())
+    if sources and (not len(engine.tasks) or (problems and settings.strict)):
+        raise ServingError(f"These tasks cannot be loaded:{collect(problems)}")
+    if settings.default_task is not None and settings.default_task not in engine.tasks:
+        raise ServingError(f"--default-task {settings.default_task!r} is none of the tasks that are served.")
+    return engine, problems
+
+
+def load_bank(settings: Settings) -> TaskBank:
+    """The base in a bank, without tasks.
+
+    Raises:
+        [`ServingError`]: It cannot be loaded.
+    """
+    options: dict[str, Any] = {
+        "revision": settings.base_revision or "main",
+        "local_files_only": Path(settings.base).is_dir(),
+        "trust_remote_code": False,
+    }
+    try:
+        model = AutoModel.from_pretrained(settings.base, dtype="auto", **options).eval()
+        tokenizer = AutoTokenizer.from_pretrained(settings.base, **options)
+    except Exception as error:  # whatever is wrong with a user's files
+        raise ServingError(f"{settings.base} cannot be loaded: {error}") from error
+    return TaskBank(model, tokenizer, max_tasks=settings.max_tasks)
