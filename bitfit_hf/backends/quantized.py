@@ -31,6 +31,29 @@ def dequantized(module: nn.Module) -> torch.Tensor:
             module.weight = weight
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight quantized, in whichever library's way."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return False
+    # torchao keeps quantized weights in tensor subclasses that pose as floating point.
+    return not weight.dtype.is_floating_point or type(weight.data).__module__.startswith("torchao")
+
+
+def plain_linear(layer: nn.Module) -> nn.Linear:
+    """A float32 copy of a quantized linear layer, to be trained whole."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    whole = weight.dequantize() if weight.dtype.is_floating_point else dequantized(layer)
+    bias = layer._parameters.get("bias")
+    with torch.device("meta"):
+        plain = nn.Linear(whole.shape[1], whole.shape[0], bias=bias is not None)
+    plain.weight = nn.Parameter(whole.detach().to(torch.float32, copy=True))
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach().to(torch.float32, copy=True))
+    return plain
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Keeps 4-bit weights of bitsandbytes in their stored order; does nothing to other models or on other devices.
 

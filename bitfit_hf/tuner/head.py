@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..backends.quantized import is_quantized, plain_linear
 from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, UnsupportedLayerError
 from .mixed import BASE, MixedBatch
@@ -276,6 +277,8 @@ class BitFitHead(ModulesToSaveWrapper):
 def float32_copy(module: nn.Module, num_labels: int | None) -> nn.Module:
     """An adapter's copy of a leaf of the head; `num_labels` rebuilds it with that many outputs."""
     if num_labels is None or num_labels == output_size(module):
+        if is_quantized(module) and isinstance(module, nn.Linear):
+            return plain_linear(module).requires_grad_(False)
         clone = copy.deepcopy(module).float()
     elif isinstance(module, (nn.Linear, Conv1D)):
         clone = resized(module, num_labels)

@@ -14,6 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..backends.quantized import is_quantized, plain_linear
 from ..config import BitFitConfig
 from ..errors import (
     AdapterNameError,
@@ -108,6 +109,10 @@ class Plan:
             with torch.device("meta"):
                 expected |= {name: torch.empty(shape) for name, shape in added_shapes(modules, self.tokens).items()}
         expected |= part_tensors(model, self.head)
+        for path in self.head:
+            if path in modules and is_quantized(modules[path]) and isinstance(modules[path], nn.Linear):
+                copied = plain_linear(modules[path]).state_dict()
+                expected |= {f"{path}.{name}": tensor for name, tensor in copied.items()}
         if self.logits is not None and self.labels is not None:
             copy = float32_copy(modules[self.logits], self.labels.num_labels)
             expected |= {f"{self.logits}.{name}": tensor for name, tensor in copy.state_dict().items()}

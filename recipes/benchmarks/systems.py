@@ -63,7 +63,11 @@ class Shape:
         }
         if not self.decoder:
             drop = {"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": self.dropout}
-            return BertForSequenceClassification(BertConfig(**common, **drop)).train()
+            model = BertForSequenceClassification(BertConfig(**common, **drop)).train()
+            torch.nn.init.normal_(
+                model.bert.pooler.dense.bias, std=0.02
+            )  # as in a checkpoint whose pooler was trained
+            return model
         config = LlamaConfig(
             **common, num_key_value_heads=self.key_value_heads, attention_bias=True, mlp_bias=True, use_cache=False
         )

@@ -76,7 +76,9 @@ def study_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = AutoTokenizer.from_pretrained(quickstart.demo_model())
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), **sizes))
+    torch.nn.init.normal_(model.pooler.dense.bias, std=0.02)  # a trained pooler's is not zero
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

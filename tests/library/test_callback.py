@@ -460,13 +460,13 @@ def test_a_rate_for_full_fine_tuning_draws_one_warning(
         assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {rate}
         return said(caplog, logging.WARNING)
 
-    callback = BitFitCallback()
+    callback = BitFitCallback(lr_scale="uniform")
     (warning,) = run(5e-5, callback)
     assert warning.startswith("learning_rate=5e-05 is a rate for full fine-tuning")
     assert "1e-4 to 1e-3" in warning
     assert run(5e-5, callback) == []
     for rate in (1e-4, 1e-3, 4e-3, 1e-2):
-        assert run(rate, BitFitCallback()) == []
+        assert run(rate, BitFitCallback(lr_scale="uniform")) == []
 
 
 def test_a_trainer_that_only_evaluates_hears_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -158,6 +158,7 @@ KEYS = {
     *("peft_type", "peft_version", "bitfit_version", "task_type", "auto_mapping", "inference_mode"),
     *("base_model_name_or_path", "revision", "base_fingerprint", "base_num_parameters"),
     *("bias_terms", "target_modules", "exclude_modules", "layers_to_transform", "add_missing_biases", "bias_layout"),
+    "train_untrained_pooler",
     *("modules_to_save", "num_labels", "id2label", "problem_type", "added_tokens", "base_vocab_size"),
     *("weights_digest", "run"),
 }

@@ -106,9 +106,9 @@ def test_sft(name: str, checkpointing: bool, tmp_path: Path) -> None:
 def test_sft_with_the_callback_on_a_stock_model(tmp_path: Path) -> None:
     results = []
     for values in (
-        {"peft_config": BitFitConfig(), "callbacks": [BitFitCallback()]},
+        {"peft_config": BitFitConfig(), "callbacks": [BitFitCallback(lr_scale="uniform")]},
         {"peft_config": BitFitConfig()},
-        {"callbacks": [BitFitCallback()]},
+        {"callbacks": [BitFitCallback(lr_scale="uniform")]},
     ):
         trainer = sft(fresh("qwen2-causal_lm"), tmp_path, **values)
         trainer.train()

@@ -62,7 +62,8 @@ def test_it_trains_as_the_model_itself_does(way: str, head_rate: float | None, t
         assert same_tensors(base_tensors(trainer.model), base_tensors(fresh()))
         assert same(saved(tmp_path / "init" / "checkpoint-4"), tuned(trainer.model))
     rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
-    assert rates == {"delta": 1e-2, "head": head_rate or 1e-2, "head_no_decay": head_rate or 1e-2}
+    head = dict.fromkeys(("head", "head_no_decay"), head_rate or 1e-2)
+    assert rates == {"delta": 1e-2, "delta:query+key+value+intermediate": pytest.approx(3e-2), **head}
 
     model = prepared(way, dropout=0.1)
     alone = trainer_for(model, tmp_path / "alone", BitFitCallback(head_learning_rate=head_rate), save_steps=4)
@@ -179,7 +180,12 @@ def test_a_trainer_goes_to_another_process(way: str, tmp_path: Path) -> None:
     trainer.train()
     assert sent.model is not trainer.model
     assert same(tuned(sent.model), tuned(trainer.model))
-    assert [group["name"] for group in sent.optimizer.param_groups] == ["delta", "head", "head_no_decay"]
+    assert [group["name"] for group in sent.optimizer.param_groups] == [
+        "delta",
+        "delta:query+key+value+intermediate",
+        "head",
+        "head_no_decay",
+    ]
 
 
 def test_a_trainer_is_freed_like_any_other(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_twenty_steps_equal_a_model_unfrozen_by_hand(case: str, optim: str, tmp_
     for way in WAYS:
         config = BitFitConfig(**spec.config)
         model = prepared(way, config, spec.name)
-        trainer = trainer_for(model, tmp_path, BitFitCallback(config), train=data, args=settings(tmp_path, optim))
+        trainer = trainer_for(
+            model, tmp_path, BitFitCallback(config, lr_scale="uniform"), train=data, args=settings(tmp_path, optim)
+        )
         trainer.train()
         found = losses(trainer)
         assert len(found) == STEPS

@@ -391,7 +391,9 @@ def test_rand_row_col_draws_whole_rows_or_columns() -> None:
 def wide_bert() -> PreTrainedModel:
     """With four rows of the first projection of the MLP in the place of its bias, as in BERT-base."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
+    model = BertForSequenceClassification(BertConfig(vocab_size=50, **sizes))
+    nn.init.normal_(model.bert.pooler.dense.bias, std=0.02)  # a trained pooler's is not zero
+    return model
 
 
 def bert_base() -> PreTrainedModel:
