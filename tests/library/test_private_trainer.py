@@ -153,6 +153,21 @@ def test_a_checkpoint_that_does_not_say_what_was_spent_is_refused(tmp_path):
         private(tmp_path / "x").train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_what_was_spent_by_another_trainer_is_not_left_out(tmp_path):
+    first = private(tmp_path / "a", max_steps=2, save_steps=1)
+    first.train()
+    spent = facts_of(first)
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match=r"comes from private training already \(ε = .*would leave that out"):
+            private(tmp_path / "b", model=first.model, max_steps=2).train()
+        assert facts_of(first) == spent
+    first.train()  # the same Trainer counts on
+    assert facts_of(first)["steps"] == 4
+    resumed = private(tmp_path / "a", model=first.model, max_steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    assert facts_of(resumed)["epsilon"] > 0
+
+
 def test_noise_does_not_follow_the_trainers_seed(tmp_path):
     ends = []
     for name in ("a", "b"):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from ...errors import TrainerSetupError
+from ...errors import PrivacyError, TrainerSetupError
 from ...terms.structure import stock_root
 from ...tuner.per_example import PerExample
 from ..callback import BitFitCallback
@@ -77,6 +77,8 @@ class PrivateTrainer(Trainer):
             )
             self.args.max_grad_norm = 0.0
         check_private_setup(self, recompute=self._bitfit.recompute_activations)
+        run = getattr(adapter_configs(self.model)[self._bitfit.adapter_name], "run", None)  # type: ignore[arg-type]
+        self._spent_before: dict[str, Any] | None = getattr(run, "privacy", None)
         self.add_callback(_BeforeTheFirstStep(self))
 
     @property
@@ -130,6 +132,17 @@ class PrivateTrainer(Trainer):
         check_private_setup(self, recompute=self._bitfit.recompute_activations)
         if self._resumed_from is not None:
             self.ledger.load(self._resumed_from, step)
+        elif self._spent_before:
+            run = adapter_configs(model)[self._bitfit.adapter_name].run
+            assert run is not None  # the callback has just begun one, which must not hide what was spent
+            run.privacy = dict(self._spent_before)
+            spent = self._spent_before.get("epsilon")
+            raise PrivacyError(
+                f"The adapter {self._bitfit.adapter_name!r} comes from private training already "
+                f"({'without noise' if spent is None else f'ε = {spent:.4g}'}), and an ε that starts at zero again "
+                "would leave that out. Go on with the Trainer that trained it, or with `resume_from_checkpoint`; or "
+                "start from the base."
+            )
         self.ledger.plan(last_step - step)
         decayed, plain = trainable_head(model)
         parameters = list({id(p): p for p in (trainable_deltas(model) | decayed | plain).values()}.values())

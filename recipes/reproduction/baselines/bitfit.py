@@ -43,7 +43,7 @@ class BitFit(Method):
         return model
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [BitFitCallback()]
+        return [BitFitCallback(lr_scale="uniform")]  # the paper's way: one rate for all terms
 
     def save(self, model: nn.Module, folder: Folder) -> int:
         BiasDelta.from_model(model).save_pretrained(folder, card=False)
