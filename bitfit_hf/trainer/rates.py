@@ -13,8 +13,8 @@ from ..terms import SYMBOLS, TERMS, resolve_terms
 # rate. Those that are added inside a block (b_q, b_k, b_v before the attention, b_m2 before the activation) stand
 # more.
 #
-# Evidence, all of it in `recipes/reproduction/results/rates_by_term.jsonl` (loops by hand, bf16 autocast): learning rate
-# 1e-3, linear schedule, batches of 16, an untrained pooler in the head; scores of the development sets after the last
+# Evidence, all of it in `recipes/reproduction/results/rates_by_term.jsonl` (loops by hand, bf16 autocast): learning
+# rate 1e-3, linear schedule, batches of 16, an untrained pooler in the head; scores of the development sets after the last
 # epoch, with every term at the rate (uniform) and with this scale. One run each: too few to be the last word.
 #
 #   chosen on            rows   epochs  seed   uniform   scale
