@@ -14,8 +14,8 @@ from ..terms import SYMBOLS, TERMS, resolve_terms
 # more.
 #
 # Evidence, all of it in `recipes/reproduction/results/rates_by_term.jsonl` (loops by hand, bf16 autocast): learning
-# rate 1e-3, linear schedule, batches of 16, an untrained pooler in the head; scores of the development sets after the last
-# epoch, with every term at the rate (uniform) and with this scale. One run each: too few to be the last word.
+# rate 1e-3, linear schedule, batches of 16, an untrained pooler in the head; scores of the development sets after the
+# last epoch, with every term at the rate (uniform) and with this scale. One run each: too few to be the last word.
 #
 #   chosen on            rows   epochs  seed   uniform   scale
 #   MiniLM   SST-2       2,000     3      1     0.802    0.814   accuracy
