@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import Any
+
+import anyio
 
 from .problems import Problem, invalid, logged
 
@@ -63,8 +64,10 @@ class Limits:
         if length.isdigit() and int(length[:20]) > self.max_body_bytes:
             raise self._too_large()
         try:
-            body = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
-        except asyncio.TimeoutError:
+            # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes together with the body.
+            with anyio.fail_after(BODY_SECONDS):
+                body = await self._read(receive)
+        except TimeoutError:
             raise invalid("The body did not arrive in time.", 408) from None
         if body is not None:
             _check(body)

@@ -414,12 +414,12 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     # --- the rest of the model sees the stock layer ---
 
     @property
-    def infeatures(self) -> int | None:
+    def in_features(self) -> int | None:
         """Size of the layer's input, which PEFT's tools read of every layer; `None` where its kind says none."""
         return features(self.base_layer)[0]
 
     @property
-    def outfeatures(self) -> int | None:
+    def out_features(self) -> int | None:
         """Size of the layer's output, or `None`."""
         return features(self.base_layer)[1]
 

@@ -1,0 +1,176 @@
+"""Streams of requests: none is lost or has another's answer, whatever happens meanwhile; and where tasks come from."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving_tester import ANSWERING, Expected, client_of, close, make_engine, save_world, served, text_for
+
+from bitfit_hf.serving.limits import Limits
+
+ADMIN = {"Authorization": "Bearer admin"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_world(tmp_path_factory.mktemp("stream"))
+
+
+@pytest.fixture(scope="module")
+def expected(world: Path) -> Expected:
+    return Expected(world)
+
+
+def body(name: str, number: int) -> dict[str, Any]:
+    return {"inputs": text_for(name, number), "task": name}
+
+
+def test_a_cancellation_that_comes_together_with_the_body_is_obeyed():
+    reached: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0)
+        reached.append(scope["path"])
+
+    async def receive() -> dict[str, Any]:
+        asyncio.get_running_loop().call_soon(lambda: None)
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Any) -> None:
+        reached.append(message["type"])
+
+    async def main(turns: int) -> bool:
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"application/json")]}
+        request = asyncio.ensure_future(Limits(app, max_body_bytes=100)(scope, receive, send))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked = request.cancel()
+        await asyncio.wait([request])
+        return request.cancelled() is asked
+
+    assert all(asyncio.run(main(turns)) for turns in range(6))
+
+
+def stream(count: int, seed: int) -> list[tuple[str, int]]:
+    rng = random.Random(seed)
+    return [(rng.choice(ANSWERING), rng.randrange(60)) for _ in range(count)]
+
+
+def test_a_mixed_stream_with_cancellations(world, expected):
+    """Hundreds of requests that arrive at random; some clients leave in the middle."""
+    engine = make_engine(world, ANSWERING, max_batch_tokens=120)
+    rng = random.Random(0)
+    outcomes: Counter[str] = Counter()
+    for name, number in stream(400, 1):  # computed in the loop they would hold up the server
+        expected(name, text_for(name, number))
+
+    async def one(client: httpx.AsyncClient, name: str, number: int) -> None:
+        await asyncio.sleep(rng.random() * 0.5)
+        request = asyncio.ensure_future(client.post("/predict", json=body(name, number)))
+        if rng.random() < 0.2:
+            await asyncio.sleep(rng.random() * 0.02)
+            outcomes["left"] += request.cancel()
+        try:
+            response = await request
+        except asyncio.CancelledError:
+            return
+        assert response.status_code == 200
+        assert close(response.json(), expected(name, text_for(name, number))), (name, number)
+        outcomes["answered"] += 1
+
+    async def main() -> str:
+        async with client_of(engine) as client:
+            await asyncio.gather(*(one(client, *item) for item in stream(400, 1)))
+            return (await client.get("/metrics")).text
+
+    metrics = asyncio.run(main())
+    assert outcomes["answered"] + outcomes["left"] == 400
+    assert outcomes["left"] > 20
+    assert "te_queue_size 0.0" in metrics
+    assert engine.accepted == engine.answered
+    assert engine._under_way == 0
+    batches = float(re.findall(r"^te_batch_next_size_count (\S+)", metrics, flags=re.MULTILINE)[0])
+    mixed = float(re.findall(r"^bitfit_batch_tasks_sum (\S+)", metrics, flags=re.MULTILINE)[0])
+    assert mixed / batches > 1.2
+
+
+def under_change(world: Path, expected: Expected, count: int, clients: int) -> Counter[str]:
+    """A stream against a real server while `tags` comes and goes, and `entails` is replaced by what answers alike and
+    by what does not: an answer is always one of its own task's."""
+    engine = make_engine(
+        world, ANSWERING, admin_token="admin", allow_source=(str(world / "tasks"),), max_batch_tokens=200
+    )
+    outcomes: Counter[str] = Counter()
+    done = threading.Event()
+
+    def change(address: str) -> None:
+        with httpx.Client(base_url=address, headers=ADMIN, timeout=60) as admin:
+            while not done.is_set():
+                outcomes["removed"] += admin.delete("/tasks/tags").status_code == 204
+                for name, source in (("tags", "tags"), ("entails", "sentiment"), ("entails", "entails")):
+                    response = admin.put(f"/tasks/{name}", json={"source": source})
+                    assert response.status_code in (200, 201), response.text
+                    outcomes["put"] += 1
+                time.sleep(0.02)
+
+    def ask(address: str, items: list[tuple[str, int]]) -> None:
+        with httpx.Client(base_url=address, timeout=60) as client:
+            for name, number in items:
+                response = client.post("/predict", json=body(name, number))
+                text = text_for(name, number)
+                if response.status_code == 404:
+                    assert name == "tags"
+                    outcomes["gone"] += 1
+                    continue
+                assert response.status_code == 200, response.text
+                allowed = [name, "sentiment"] if name == "entails" else [name]
+                outcomes["right"] += any(close(response.json(), expected(one, text)) for one in allowed)
+
+    items = stream(count, 2)
+    for name, number in items:
+        for one in (name, "sentiment"):
+            expected(one, text_for(name, number))
+    with served(engine) as address, ThreadPoolExecutor(clients + 1) as threads:
+        admin = threads.submit(change, address)
+        asking = [threads.submit(ask, address, items[start::clients]) for start in range(clients)]
+        try:
+            for future in asking:
+                future.result(120)
+        finally:
+            done.set()
+        admin.result(60)
+    assert engine.accepted == engine.answered
+    return outcomes
+
+
+def test_a_stream_while_tasks_come_and_go(world, expected):
+    outcomes = under_change(world, expected, 240, 8)
+    assert outcomes["right"] + outcomes["gone"] == 240, "0 mixed up, 0 lost"
+    assert outcomes["put"] > 5
+    assert outcomes["removed"] > 1
+
+
+def test_more_tasks_than_memory(world, expected):
+    engine = make_engine(world, ANSWERING, max_tasks=2)
+
+    async def main() -> None:
+        async with client_of(engine) as client:
+            items = stream(60, 3)
+            answers = await asyncio.gather(*(client.post("/predict", json=body(*item)) for item in items))
+            for (name, number), answer in zip(items, answers, strict=True):
+                assert close(answer.json(), expected(name, text_for(name, number)))
+            assert (await client.get("/tasks")).json()[-1]["name"] == ANSWERING[-1]
+            assert "bitfit_resident_tasks 2.0" in (await client.get("/metrics")).text
+
+    asyncio.run(main())
