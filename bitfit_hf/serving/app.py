@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -164,7 +163,7 @@ def create_app(engine: Engine) -> FastAPI:
         info = engine.tasks.info(name)
         if info is None:
             raise problems.unknown_task(name)
-        return JSONResponse(asdict(info))
+        return JSONResponse(info.model_dump())
 
     @app.put(
         "/tasks/{name}",
@@ -175,7 +174,7 @@ def create_app(engine: Engine) -> FastAPI:
     async def put_task(name: str, body: AddTaskRequest) -> Response:
         """Adds a task, or replaces it in one step. Takes the admin token, and a source that the server allows."""
         info, new = await engine.add_task(name, body.source, body.revision)
-        return JSONResponse(asdict(info), 201 if new else 200)
+        return JSONResponse(info.model_dump(), 201 if new else 200)
 
     @app.delete("/tasks/{name}", status_code=204, responses=_errors(401, 403, 404), tags=["Tasks"])
     async def delete_task(name: str) -> Response:

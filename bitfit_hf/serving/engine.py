@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from ..bank import EncodedText, TaskBank
 from ..errors import BitFitError, TaskBankError, UnknownTaskError
@@ -18,11 +18,11 @@ from .embedding import Pooling, embedding
 from .metrics import Metrics
 from .problems import Problem
 from .queue import BatchingQueue, Job
+from .schemas import TaskDescription, Text
 from .settings import Settings
 from .sources import AllowedSources
-from .tasks import ServedTasks, TaskInfo
+from .tasks import ServedTasks
 
-Text: TypeAlias = str | tuple[str, str]
 Result = TypeVar("Result")
 
 
@@ -136,7 +136,7 @@ class Engine:
         with self._slot():
             return await self._answers(name, texts, truncate, finish)
 
-    def _info(self, name: str | None) -> TaskInfo:
+    def _info(self, name: str | None) -> TaskDescription:
         name = name or self.settings.default_task
         if name is None:
             infos = self.tasks.infos()
@@ -204,7 +204,9 @@ class Engine:
             outcomes = [
                 _finished(job, values) for job, values in zip(batch, self.bank.run([job.text for job in batch]))
             ]
-        except Exception:
+        except Exception as error:  # of whatever kind: each text is tried alone, and keeps the error that is its own
+            if not isinstance(error, UnknownTaskError):  # that a task was replaced meanwhile is no failure
+                problems.logged(error, f"A batch of {len(batch)} texts failed, so they run one by one")
             outcomes = [self._run_alone(job) for job in batch]
         self.metrics.inference.observe(time.perf_counter() - start)
         return outcomes
@@ -223,11 +225,11 @@ class Engine:
 
     # --- tasks ---
 
-    async def add_task(self, name: str, source: str, revision: str | None) -> tuple[TaskInfo, bool]:
+    async def add_task(self, name: str, source: str, revision: str | None) -> tuple[TaskDescription, bool]:
         """Adds a task from a source that is allowed, or puts it in the place of that of its name.
 
         Returns:
-            `tuple[TaskInfo, bool]`: The task, and whether it is a new name.
+            `tuple[TaskDescription, bool]`: The task, and whether it is a new name.
 
         Raises:
             [`Problem`]: It cannot be added; all is as it was.

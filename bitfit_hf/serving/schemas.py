@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema
 
-from .engine import Text
 from .problems import ERROR_TYPES, invalid
+
+Text: TypeAlias = str | tuple[str, str]  # a text or a pair, as the bank takes it
 
 _TEXT = {"type": "string"}
 _PAIR = {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": 2}
@@ -100,7 +101,19 @@ class TaskSummary(BaseModel):
 
 
 class TaskDescription(BaseModel):
-    """A task."""
+    """What clients may know of a task. It holds nothing of where the task came from.
+
+    Args:
+        name (`str`): Its name.
+        type (`str`): The Hub's tag: `text-classification`, `token-classification`, `question-answering` or
+            `feature-extraction`.
+        model_class (`str`): The class that it was trained in.
+        id2label (`dict[str, str]`, *optional*): Its labels.
+        problem_type (`str`, *optional*): As in transformers' configurations.
+        metrics (`list`): The results on its card.
+        parameters (`int`): Biases and head together.
+        bytes (`int`): Of the delta's files.
+    """
 
     name: str
     type: str

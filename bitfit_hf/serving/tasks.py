@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..bank import TaskBank
 from ..bank.predict import TextTask
@@ -14,35 +12,10 @@ from ..delta.value import BiasDelta
 from ..errors import BitFitError, ServingError
 from ..storage.fetch import fetch_delta
 from ..storage.files import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from .schemas import TaskDescription
 from .settings import TASK_NAME
 
 _SAMPLE = ("Who is it?", "We are.")
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """What clients may know of a task. It holds nothing of where the task came from.
-
-    Args:
-        name (`str`): Its name.
-        type (`str`): The Hub's tag: `text-classification`, `token-classification`, `question-answering` or
-            `feature-extraction`.
-        model_class (`str`): The class that it was trained in.
-        id2label (`dict[str, str]`, *optional*): Its labels.
-        problem_type (`str`, *optional*): As in transformers' configurations.
-        metrics (`list`): The results on its card.
-        parameters (`int`): Biases and head together.
-        bytes (`int`): Of the delta's files.
-    """
-
-    name: str
-    type: str
-    model_class: str
-    id2label: dict[str, str] | None
-    problem_type: str | None
-    metrics: list[dict[str, Any]]
-    parameters: int
-    bytes: int
 
 
 class ServedTasks:
@@ -54,7 +27,7 @@ class ServedTasks:
 
     def __init__(self, bank: TaskBank) -> None:
         self.bank = bank
-        self._infos: dict[str, TaskInfo] = {}
+        self._infos: dict[str, TaskDescription] = {}
 
     def __len__(self) -> int:
         return len(self._infos)
@@ -62,15 +35,15 @@ class ServedTasks:
     def __contains__(self, name: object) -> bool:
         return name in self._infos
 
-    def infos(self) -> list[TaskInfo]:
+    def infos(self) -> list[TaskDescription]:
         """All tasks, in the order in which they came."""
         return list(self._infos.values())
 
-    def info(self, name: str) -> TaskInfo | None:
+    def info(self, name: str) -> TaskDescription | None:
         """One task."""
         return self._infos.get(name)
 
-    def add(self, name: str, source: str, *, revision: str | None = None) -> TaskInfo:
+    def add(self, name: str, source: str, *, revision: str | None = None) -> TaskDescription:
         """Adds a task, or puts it in the place of that of its name. Requests go on meanwhile.
 
         The first text of its class is run here, so that no request pays for it.
@@ -138,11 +111,11 @@ def add_all(tasks: ServedTasks, sources: Iterable[tuple[str, str]]) -> list[str]
     return problems
 
 
-def _describe(task: TextTask, delta: BiasDelta, folder: Path) -> TaskInfo:
+def _describe(task: TextTask, delta: BiasDelta, folder: Path) -> TaskDescription:
     assert task.name is not None
     assert task.kind.tag is not None
     labels = task.labels
-    return TaskInfo(
+    return TaskDescription(
         name=task.name,
         type=task.kind.tag,
         model_class=task.model.name,

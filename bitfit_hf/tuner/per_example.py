@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedLayerError
 from .head import BitFitHead
-from .layer import BitFitLayer, channel_axis
+from .layer import BitFitLayer
+from .layer_kinds import channel_axis
 from .quantized_layer import is_bitsandbytes
 from .reading import stock_class
 

@@ -27,6 +27,7 @@ KINDS = {
 }
 ANSWERING = [name for name in KINDS if name != "vectors"]
 WORDS = "abcdefgh"
+ADMIN = {"Authorization": "Bearer admin"}  # the token of the tests' servers
 
 
 def save_world(folder: Path) -> Path:

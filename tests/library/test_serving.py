@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 from bank_tester import bert_base, random_delta, single_model, tokenizer
-from serving_tester import ANSWERING, KINDS, Expected, client_of, close, make_engine, save_world, text_for
+from serving_tester import ANSWERING, KINDS, client_of, close, make_engine, text_for
 from transformers import pipeline
 
 from bitfit_hf import BiasDelta
@@ -26,18 +26,8 @@ BASE_FIELDS |= {"max_batch_tokens", "max_client_batch_size", "auto_truncate", "t
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_world(tmp_path_factory.mktemp("serving"))
-
-
-@pytest.fixture(scope="module")
 def engine(world: Path) -> Any:
     return make_engine(world, max_client_batch_size=4, max_input_chars=300, max_body_bytes=5_000)
-
-
-@pytest.fixture(scope="module")
-def expected(world: Path) -> Expected:
-    return Expected(world)
 
 
 def ask(engine: Any, *requests: tuple[str, str, Any], **options: Any) -> list[httpx.Response]:

@@ -6,27 +6,13 @@ import asyncio
 import re
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving_tester import Expected, client_of, close, make_engine, save_world, served, text_for
+from serving_tester import client_of, close, make_engine, served, text_for
 
 from bitfit_hf.serving.queue import BatchingQueue, Job
-
-ADMIN = {"Authorization": "Bearer admin"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_world(tmp_path_factory.mktemp("load"))
-
-
-@pytest.fixture(scope="module")
-def expected(world: Path) -> Expected:
-    return Expected(world)
-
 
 # --- the queue alone ---
 

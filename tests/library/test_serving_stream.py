@@ -13,22 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-from serving_tester import ANSWERING, Expected, client_of, close, make_engine, save_world, served, text_for
+from serving_tester import ADMIN, ANSWERING, Expected, client_of, close, make_engine, served, text_for
 
 from bitfit_hf.serving.limits import Limits
-
-ADMIN = {"Authorization": "Bearer admin"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_world(tmp_path_factory.mktemp("stream"))
-
-
-@pytest.fixture(scope="module")
-def expected(world: Path) -> Expected:
-    return Expected(world)
 
 
 def body(name: str, number: int) -> dict[str, Any]:
