@@ -36,15 +36,24 @@ def is_quantized(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is None:
         return False
-    # torchao keeps quantized weights in tensor subclasses that pose as floating point.
-    return not weight.dtype.is_floating_point or type(weight.data).__module__.startswith("torchao")
+    return not weight.dtype.is_floating_point or _poses_as_floating_point(weight)
+
+
+def unpacked(weight: torch.Tensor) -> torch.Tensor:
+    """The values of a weight that torchao has quantized; any other weight as it is."""
+    return weight.dequantize() if _poses_as_floating_point(weight) else weight
+
+
+def _poses_as_floating_point(weight: torch.Tensor) -> bool:
+    # torchao keeps quantized weights in tensor subclasses that say they are floating point.
+    return type(weight.data).__module__.startswith("torchao")
 
 
 def plain_linear(layer: nn.Module) -> nn.Linear:
     """A float32 copy of a quantized linear layer, to be trained whole."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    whole = weight.dequantize() if weight.dtype.is_floating_point else dequantized(layer)
+    whole = unpacked(weight) if weight.dtype.is_floating_point else dequantized(layer)
     bias = layer._parameters.get("bias")
     with torch.device("meta"):
         plain = nn.Linear(whole.shape[1], whole.shape[0], bias=bias is not None)

@@ -25,7 +25,7 @@ import numpy
 import torch
 from torch import nn
 
-from ..backends.quantized import dequantized
+from ..backends.quantized import dequantized, unpacked
 from ..backends.sharded import gathered
 from ..errors import BaseModelMismatchError, ConfigError, DeltaFormatError, collect
 from ..terms import Bias
@@ -188,7 +188,7 @@ def _tensors(module: nn.Module, parameter: str) -> Iterator[tuple[str, torch.Ten
     stored = _stored(module, weight)
     if stored is not None:
         if stored.dtype.is_floating_point and not hasattr(stored, "dequantize_"):
-            plain = _plain(stored)
+            plain = unpacked(stored)
             yield weight, plain, False, None if plain is stored else QUANTIZED
         else:
             yield weight, dequantized(module), False, QUANTIZED
@@ -200,12 +200,6 @@ def _stored(module: nn.Module, name: str) -> torch.Tensor | None:
         return None if tensor is None else gathered(tensor)
     offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # accelerate's offloading
     return tensor if offloaded is None or name not in offloaded else offloaded[name]
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    # torchao keeps quantized weights in tensor subclasses that pose as floating point.
-    quantized = type(tensor.data).__module__.startswith("torchao")
-    return tensor.dequantize() if quantized else tensor
 
 
 def decode(expected: Mapping[str, Any]) -> dict[str, TensorPrint]:

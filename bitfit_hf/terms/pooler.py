@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 
+import torch
 from torch import nn
 
 from ..backends.sharded import is_sharded
 from .base_bias import base_bias
-from .survey import Survey, survey_model
+from .structure import stock_root
+from .survey import survey_model
 
 # The classes that classify a sequence or an image as a whole, so their head reads the pooler where there is one. Those
 # that classify each token, or point at some, do not, though a few architectures make a pooler for them all the same.
@@ -25,8 +28,7 @@ def pooler_modules(model: nn.Module) -> list[str]:
     Args:
         model (`torch.nn.Module`): A model, stock or with adapters injected; meta tensors will do.
     """
-    survey = survey_model(model)
-    return list(_by_module(survey))
+    return list(_biases(model))
 
 
 def untrained_pooler(model: nn.Module) -> list[str]:
@@ -43,22 +45,20 @@ def untrained_pooler(model: nn.Module) -> list[str]:
         `list[str]`: The stock paths of the pooler's modules; empty where there is none in front of the head, where it
             was trained, and where its values cannot be read: on the meta device, and sharded over processes.
     """
-    survey = survey_model(model)
-    pooler = _by_module(survey)
-    for path, parameters in pooler.items():
-        for parameter in parameters:
-            bias = base_bias(survey.modules[path], parameter)
-            if bias is None or bias.is_meta or is_sharded(bias) or bool(bias.detach().any()):
-                return []
+    pooler = _biases(model)
+    for bias in itertools.chain.from_iterable(pooler.values()):
+        if bias is None or bias.is_meta or is_sharded(bias) or bool(bias.detach().any()):
+            return []
     return list(pooler)
 
 
-def _by_module(survey: Survey) -> dict[str, list[str]]:
-    """The names of the pooler's biases by module."""
-    if not any(_READS_POOLER.search(cls.__name__) for cls in type(survey.root).__mro__):
-        return {}
-    biases: dict[str, list[str]] = defaultdict(list)
+def _biases(model: nn.Module) -> dict[str, list[torch.Tensor | None]]:
+    """`b_0` of the pooler's biases by module."""
+    if not any(_READS_POOLER.search(cls.__name__) for cls in type(stock_root(model)).__mro__):
+        return {}  # most classes, which need no look at their parameters
+    survey = survey_model(model)
+    biases: dict[str, list[torch.Tensor | None]] = defaultdict(list)
     for found in survey.found:
         if found.bias.term == "pooler" and found.bias.exists:
-            biases[found.bias.module].append(found.bias.parameter)
+            biases[found.bias.module].append(base_bias(survey.modules[found.bias.module], found.bias.parameter))
     return biases

@@ -421,7 +421,7 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         """Keeps the metrics for the model card, and sees whether the predictions are all the same."""
         if model is not None:
-            self._watch.evaluated(model)
+            self._watch.evaluated(model, tell=state.is_world_process_zero)
         run = None if model is None else _run_of(model, self.adapter_name)
         if model is None or run is None or not metrics:
             return
@@ -445,8 +445,21 @@ class BitFitCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Sees whether the loss and the deltas are finite."""
-        if model is not None and "loss" in (logs or {}):
-            self._watch.logged(model, logs or {})
+        if model is not None and logs is not None and "loss" in logs and state.is_world_process_zero:
+            self._watch.logged(model, logs)
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float],
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keeps predictions that somebody asked for apart from those of the next evaluation."""
+        if model is not None:
+            self._watch.forget(model)
 
     def on_train_end(
         self,

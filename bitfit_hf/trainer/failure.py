@@ -129,11 +129,16 @@ class FailureWatch:
         finally:
             hook.remove()
 
-    def evaluated(self, model: nn.Module) -> None:
-        """An evaluation has ended."""
+    def forget(self, model: nn.Module) -> None:
+        """What was seen last was no evaluation, but predictions that somebody asked for."""
+        self._seen.pop(model, None)
+
+    def evaluated(self, model: nn.Module, *, tell: bool) -> None:
+        """An evaluation has ended; what is wrong is told in one process alone."""
         seen = self._seen.pop(model, None)
-        trained = any(bool(parameter.detach().any()) for parameter in trainable_deltas(model).values())
-        if seen is not None and trained and seen.failed():
+        if not tell or seen is None or not seen.failed():
+            return
+        if any(bool(parameter.detach().any()) for parameter in trainable_deltas(model).values()):  # it was trained
             self._tell(
                 model,
                 "constant predictions",

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..backends.quantized import is_quantized, plain_linear
+from ..backends.quantized import is_quantized
 from ..config import BitFitConfig
 from ..errors import (
     AdapterNameError,
@@ -108,11 +108,14 @@ class Plan:
         if self.tokens is not None:
             with torch.device("meta"):
                 expected |= {name: torch.empty(shape) for name, shape in added_shapes(modules, self.tokens).items()}
-        expected |= part_tensors(model, self.head)
-        for path in self.head:
-            if path in modules and is_quantized(modules[path]) and isinstance(modules[path], nn.Linear):
-                copied = plain_linear(modules[path]).state_dict()
-                expected |= {f"{path}.{name}": tensor for name, tensor in copied.items()}
+        # What is quantized in the base is trained as a plain layer.
+        packed = [path for path in self.head if path in modules and is_quantized(modules[path])]
+        expected |= part_tensors(model, [part for part in self.head if part not in packed])
+        for path in packed:
+            with torch.device("meta"):
+                layer: Any = modules[path]
+                plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            expected |= {f"{path}.{name}": tensor for name, tensor in plain.state_dict().items()}
         if self.logits is not None and self.labels is not None:
             copy = float32_copy(modules[self.logits], self.labels.num_labels)
             expected |= {f"{self.logits}.{name}": tensor for name, tensor in copy.state_dict().items()}

@@ -75,6 +75,15 @@ def test_constant_predictions_are_told_once(tmp_path, warned, tokens):
     assert "Lower the learning rate" in text
 
 
+def test_predictions_that_somebody_asked_for_are_no_part_of_an_evaluation(tmp_path, warned):
+    trainer = make(tmp_path)
+    trainer.train()
+    trainer.predict(data())  # of both labels
+    collapse_(trainer)
+    trainer.evaluate()
+    assert len(warned()) == 1
+
+
 def test_regression_to_one_number_is_constant(tmp_path, warned):
     config = BertConfig(**SIZES, num_labels=1, problem_type="regression")
     rows = [{**row, "labels": float(i % 5)} for i, row in enumerate(data())]
