@@ -183,13 +183,16 @@ def dataset_id(dataset: Any) -> tuple[str | None, str | None]:
     return ids.pop(), config if config != "default" else None
 
 
-def training_run(args: TrainingArguments, head_learning_rate: float | None, dataloader: Any) -> TrainingRun:
+def training_run(
+    args: TrainingArguments, dataloader: Any, *, head_learning_rate: float | None, lr_scale: str
+) -> TrainingRun:
     """What is known of a run when it begins.
 
     Args:
         args ([`~transformers.TrainingArguments`]): Of the Trainer.
-        head_learning_rate (`float`, *optional*): Learning rate of the head where it has one of its own.
         dataloader (`torch.utils.data.DataLoader`): Of the training data.
+        head_learning_rate (`float`, *optional*): Learning rate of the head where it has one of its own.
+        lr_scale (`str`): The rates by term, in words.
     """
     dataset = getattr(dataloader, "dataset", None)
     name, part = dataset_id(dataset)
@@ -197,6 +200,7 @@ def training_run(args: TrainingArguments, head_learning_rate: float | None, data
         hyperparameters={
             "learning_rate": args.learning_rate,
             "head_learning_rate": head_learning_rate,
+            "lr_scale": lr_scale,
             "train_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else None,
             "max_steps": args.max_steps if args.max_steps > 0 else None,

@@ -309,8 +309,12 @@ class BitFitCallback(TrainerCallback):
         if self.recompute_activations:
             recompute_activations(model)
         self._describe(model, state)
-        run = training_run(args, self.head_learning_rate, train_dataloader)
-        run.hyperparameters["lr_scale"] = describe_scale(self.lr_scale)
+        run = training_run(
+            args,
+            train_dataloader,
+            head_learning_rate=self.head_learning_rate,
+            lr_scale=describe_scale(self.lr_scale),
+        )
         adapter_configs(model)[self.adapter_name].run = run
 
     def _remove_hooks(self) -> None:
