@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+# `python -m` is still on the stack when the import is completed, see `__getattr__` below.
+_completing = "__version__" in globals()
 __version__ = "0.1.0.dev0"
 
 
@@ -28,7 +30,7 @@ def _for_the_command_line() -> bool:
     return False
 
 
-if TYPE_CHECKING or not _for_the_command_line():
+if TYPE_CHECKING or _completing or not _for_the_command_line():
     from . import errors
     from .analysis import bias_change
     from .bank import TaskBank

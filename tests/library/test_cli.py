@@ -202,6 +202,13 @@ assert all(hasattr(bitfit_hf, name) for name in bitfit_hf.__all__)
     assert result.returncode == 0, result.stderr
 
 
+def test_python_m_runs_commands_that_need_the_library(made: Files) -> None:
+    command = [sys.executable, "-m", "bitfit_hf.cli", "inspect", str(made.delta), "--json"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["kind"] == "delta"
+
+
 def test_console_script(made: Files, tmp_path: Path) -> None:
     entry = re.search(r'^bitfit = "([\w.]+):(\w+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert entry is not None
