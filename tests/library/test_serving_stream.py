@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from serving_tester import ADMIN, ANSWERING, Expected, client_of, close, make_engine, served, text_for
 
 from bitfit_hf.serving.limits import Limits
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def body(name: str, number: int) -> dict[str, Any]:
@@ -148,6 +155,13 @@ def test_a_stream_while_tasks_come_and_go(world, expected):
     assert outcomes["removed"] > 1
 
 
+@pytest.mark.slow
+def test_two_thousand_requests_while_tasks_come_and_go(world, expected):
+    outcomes = under_change(world, expected, 2000, 16)
+    assert outcomes["right"] + outcomes["gone"] == 2000, "0 mixed up, 0 lost"
+    assert outcomes["put"] > 50
+
+
 def test_more_tasks_than_memory(world, expected):
     engine = make_engine(world, ANSWERING, max_tasks=2)
 
@@ -161,3 +175,58 @@ def test_more_tasks_than_memory(world, expected):
             assert "bitfit_resident_tasks 2.0" in (await client.get("/metrics")).text
 
     asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_answers_what_it_has_accepted(world, expected):
+    wanted = {(name, n): expected(name, text_for(name, n)) for name in ANSWERING for n in range(60)}
+    command = [sys.executable, "-m", "bitfit_hf.cli", "serve", str(world / "base"), "--port", "0"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "BITFIT_SERVE_TASKS_DIR": str(world / "tasks"),
+        "BITFIT_SERVE_TASK": f"broken={world / 'nowhere'}",
+        "BITFIT_SERVE_MAX_WAIT_MS": "100",
+        "BITFIT_SERVE_MAX_BATCH_TOKENS": "12",
+    }
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=world
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        found = re.search(r"^Serving 7 tasks on base at (http://127\.0\.0\.1:\d+): entails, ", line)
+        assert found, (line, process.stderr.read() if not line else "")
+        answered: Counter[str] = Counter()
+
+        def ask(seed: int) -> None:
+            with httpx.Client(base_url=found[1], timeout=60) as client:
+                for name, number in stream(10_000, seed):
+                    try:
+                        response = client.post("/predict", json=body(name, number))
+                    except httpx.TransportError:  # it no longer listens
+                        return
+                    if response.status_code == 503:  # it is ending, and has not accepted this one
+                        return
+                    assert response.status_code == 200, response.text
+                    answered["right"] += close(response.json(), wanted[name, number])
+                    answered["all"] += 1
+
+        with ThreadPoolExecutor(8) as threads:
+            asking = [threads.submit(ask, seed) for seed in range(8)]
+            time.sleep(1.5)
+            process.send_signal(signal.SIGTERM)
+            for future in asking:
+                future.result(60)
+        rest, errors = process.communicate(timeout=30)
+        assert process.returncode == 0
+        ended = re.search(r"Ended\. (\d+) of (\d+) accepted requests were answered\.", rest)
+        assert ended, rest
+        assert int(ended[1]) == int(ended[2]) == answered["all"] == answered["right"]
+        assert answered["all"] > 50
+        assert "left out: broken" in errors
+        assert "Traceback" not in errors
+    finally:
+        process.kill()
+        process.wait()
