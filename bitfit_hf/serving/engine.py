@@ -212,16 +212,19 @@ class Engine:
         return outcomes
 
     def _run_alone(self, job: Job) -> Any:
-        try:
+        while True:
             try:
                 (values,) = self.bank.run([job.text])
+                return _finished(job, values)
             except UnknownTaskError:
-                # Its task was replaced while it waited: the text is for the one that has the name now.
-                job.text = self.bank.encode(job.text.text, job.text.task.name)  # type: ignore[arg-type]
-                (values,) = self.bank.run([job.text])
-        except Exception as error:
-            return error
-        return _finished(job, values)
+                # Its task was replaced while it waited, so the text is for the one that has the name now. That may be
+                # replaced again before the text has run.
+                try:
+                    job.text = self.bank.encode(job.text.text, job.text.task.name)  # type: ignore[arg-type]
+                except BitFitError as error:  # its task was removed, or takes no such texts
+                    return error
+            except Exception as error:
+                return error
 
     # --- tasks ---
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import socket
 import threading
 import time
 from typing import Any
@@ -181,14 +183,42 @@ def test_a_client_of_a_real_server_that_leaves_frees_its_place(world, monkeypatc
     engine = make_engine(world, ["sentiment"], max_concurrent_requests=1)
     held = Held(engine, monkeypatch)
     with served(engine) as address, httpx.Client(base_url=address) as client:
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/predict", json=body("sentiment", 0), timeout=0.3)
-        held.go.set()
         deadline = time.monotonic() + 10
+        data = json.dumps(body("sentiment", 0)).encode()
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as leaving:
+            head = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            leaving.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            while engine.accepted == 0:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        held.go.set()
         while (last := client.post("/predict", json=body("sentiment", 1))).status_code == 429:
             assert time.monotonic() < deadline
         assert last.status_code == 200
         assert 'te_request_failure{err="499",method="predict"} 1.0' in client.get("/metrics").text
+
+
+def test_a_text_whose_task_is_replaced_again_and_again_is_answered(world, expected, monkeypatch):
+    engine = make_engine(world, ["sentiment"])
+    original, replaced = engine.bank.run, []
+
+    def run(texts: Any) -> Any:
+        if len(replaced) < 4:  # whenever the text is about to run
+            engine.bank.add_task("sentiment", world / "tasks" / "sentiment", replace=True)
+            replaced.append(1)
+        return original(texts)
+
+    monkeypatch.setattr(engine.bank, "run", run)
+
+    async def main() -> httpx.Response:
+        async with client_of(engine) as client:
+            return await client.post("/predict", json=body("sentiment", 0))
+
+    response = asyncio.run(main())
+    assert response.status_code == 200, response.text
+    assert close(response.json(), expected("sentiment", text_for("sentiment", 0)))
+    assert len(replaced) == 4
 
 
 def test_a_failing_model_is_424_and_spoils_no_other_answer(world, expected, monkeypatch):
