@@ -146,6 +146,7 @@ def make_plan(
     """
     _check_name(model, adapter_name)
     _check_head(model, config)
+    pooler = pooler_modules(model)
     _check_not_applied(model)
     tokens = _tokens(model, config)
     base_rows = {} if tokens is None else tokens.base_rows
@@ -161,7 +162,7 @@ def make_plan(
     else:
         head, biases = _selection(model, config, config.modules_to_save)
         unknown = [] if awaits_tensors(config) else _not_in_checkpoint(model, biases, resized=base_rows)
-        frozen = [path for path in pooler_modules(model) if path in unknown]
+        frozen = [path for path in pooler if path in unknown]
         if frozen:
             raise ConfigError(
                 f"{frozen[0]} is not in the checkpoint of {type(model).__name__} and starts at random, so it cannot "
@@ -188,7 +189,7 @@ def make_plan(
     _check_not_split(model, biases)
 
     everywhere: dict[str, tuple[str, ...]] = {}
-    for bias in find_biases(model, add_missing_biases=True):
+    for bias in find_biases(model, add_missing_biases=True, with_untrained_pooler=False):
         known = everywhere.get(bias.module, ())
         everywhere[bias.module] = known if bias.parameter in known else (*known, bias.parameter)
     parameters = {bias.module: everywhere.get(bias.module, (bias.parameter,)) for bias in biases}
@@ -201,7 +202,7 @@ def make_plan(
         biases=biases if tokens is None else tokens.in_model(biases),
         parameters=parameters,
         head=head,
-        middle=frozenset(head).difference(class_head(model, config.task_type), pooler_modules(model)),
+        middle=frozenset(head).difference(class_head(model, config.task_type), pooler),
         labels=labels,
         logits=logits,
         labels_at=(logits or head[-1]) if labels is not None else None,
@@ -238,11 +239,13 @@ def _check_output_biases(biases: list[Bias], tokens: AddedTokens) -> None:
 def _selection(
     model: nn.Module, config: BitFitConfig, modules_to_save: list[str] | None
 ) -> tuple[list[str], list[Bias]]:
+    # Looked for once, and then named like any other module that is trained whole.
+    wanted = config.train_untrained_pooler and class_head(model, config.task_type)
+    pooler = untrained_pooler(model) if wanted else []
     excluded = config.exclude_modules
-    pooler = config.train_untrained_pooler and not (
-        excluded is not None and any(fits(path, excluded) for path in untrained_pooler(model))
-    )
-    head = head_modules(model, config.task_type, modules_to_save, with_untrained_pooler=pooler)
+    if pooler and not (excluded is not None and any(fits(path, excluded) for path in pooler)):
+        modules_to_save = [*(modules_to_save or []), *pooler]
+    head = head_modules(model, config.task_type, modules_to_save, with_untrained_pooler=False)
     biases = select_biases(
         model,
         bias_terms=config.bias_terms,
@@ -252,7 +255,7 @@ def _selection(
         add_missing_biases=config.add_missing_biases,
         modules_to_save=modules_to_save,
         task_type=config.task_type,
-        with_untrained_pooler=pooler,
+        with_untrained_pooler=False,
     )
     return head, biases
 

@@ -249,3 +249,9 @@ def test_a_trainer_trains_it_with_the_head(base: Path, tmp_path: Path, caplog):
 def test_token_classification_on_the_same_base_is_left_alone(base: Path):
     model = AutoModelForTokenClassification.from_pretrained(base, num_labels=3)
     assert list(get_peft_model(model, BitFitConfig()).peft_config["default"].modules_to_save) == ["classifier"]
+
+
+def test_a_task_without_a_new_head_has_no_pooler_in_it():
+    model = get_peft_model(encoder(), BitFitConfig(task_type="FEATURE_EXTRACTION"))
+    assert not model.peft_config["default"].modules_to_save
+    assert f"{POOLER}.bias" in BiasDelta.from_model(model)
