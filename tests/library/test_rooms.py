@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "bitfit_hf"
 # From the bottom to the top: a room imports from those before it and from itself.
 ROOMS = [
     "errors",
+    "notices",
     "backends",
     "terms",
     "training_run",
