@@ -238,10 +238,13 @@ class Engine:
             [`Problem`]: It cannot be added; all is as it was.
         """
         allowed = self.sources.check(source, revision)
+        return await self._add(name, allowed.place, allowed.revision)
+
+    async def _add(self, name: str, place: str, revision: str | None) -> tuple[TaskDescription, bool]:
         assert self._changing is not None
         new = name not in self.tasks
         try:
-            added = await _in(self._changing, lambda: self.tasks.add(name, allowed.place, revision=allowed.revision))
+            added = await _in(self._changing, lambda: self.tasks.add(name, place, revision=revision))
         except BitFitError as error:
             raise problems.of_adding(error, name) from error
         return added, new
