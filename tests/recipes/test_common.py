@@ -292,6 +292,7 @@ def record() -> RunRecord:
         trainable={"body": 10, "head": 5, "base": 1000},
         bytes=99,
         seconds=1.5,
+        processor_seconds=1.2,
         data={"source": "local files", "rows": {"train": 8}},
     )
 
