@@ -14,8 +14,8 @@ in the paper.
 
 Data is `nyu-mll/glue` from the Hub, or local files `<data_dir>/glue/<task>/<split>.jsonl.gz` in the same columns. The
 best epoch is chosen on the rows that the figures are about, as in the paper: such a figure is a little flattered, more
-so after a search over learning rates. With `--dev_halves` it is chosen on one half of them, and metrics that begin with
-`report_` are of the other. What is saved, and predicted with, is the model of the final epoch.
+so after a search over learning rates. With `--dev_halves` it is chosen on one half of them, and metrics that begin
+with `report_` are of the other. What is saved, and predicted with, is the model of the final epoch.
 """
 
 from __future__ import annotations

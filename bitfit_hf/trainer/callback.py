@@ -68,8 +68,8 @@ class BitFitCallback(TrainerCallback):
         config ([`BitFitConfig`], *optional*):
             What to tune; all biases by default. It is copied, so one callback serves many Trainers.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base. Read when
-            the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
+            Learning rate of the head; what `lr_scale` says by default. Follows the same schedule from its own base.
+            Read when the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
         lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
             Multiples of the Trainer's learning rate by bias term, see [`optimizer_groups`]; `"uniform"` is the paper's
             one rate for all terms.
@@ -213,8 +213,12 @@ class BitFitCallback(TrainerCallback):
     def _prediction_step(
         self, trainer: Trainer, original: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if trainer.args.torch_compile or not isinstance(inputs, Mapping):  # a hook would have it compiled again
+        if not isinstance(inputs, Mapping):
             return original(model, inputs, *args, **kwargs)
+        if trainer.args.torch_compile:  # a hook would have it compiled again
+            result = original(model, inputs, *args, **kwargs)
+            self._watch.saw(trainer.model, inputs, result[1])  # type: ignore[arg-type]  # it is being evaluated
+            return result
         with self._watch.watching(trainer.model, inputs):  # type: ignore[arg-type]  # it is being evaluated
             return original(model, inputs, *args, **kwargs)
 
@@ -280,7 +284,7 @@ class BitFitCallback(TrainerCallback):
             args,
             train_dataloader,
             head_learning_rate=self.head_learning_rate,
-            lr_scale=describe_scale(self.lr_scale),
+            lr_scale=describe_scale(self.lr_scale, with_head=self.head_learning_rate is None),
         )
         adapter_configs(model)[self.adapter_name].run = run
 

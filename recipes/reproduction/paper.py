@@ -89,7 +89,7 @@ _PERCENT = {
 # What the rows are called. Methods that the paper does not have are named as their own papers do.
 METHOD_NAMES = {
     "full": "Full-FT",
-    "bitfit": "BitFit, one rate",
+    "bitfit": "BitFit",
     "bitfit_default": "BitFit by default",
     "bitfit:query+intermediate": "b_m2, b_q",
     "bitfit:intermediate": "b_m2",

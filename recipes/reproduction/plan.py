@@ -18,7 +18,6 @@ from typing import Any
 
 from .studies import Method, Model, StudyConfig, Task
 
-
 # What all runs have in common without any study saying so. It is part of a run's identity: a result of other rules is
 # never taken for one of these.
 #   1  An untrained pooler was frozen, for all methods.

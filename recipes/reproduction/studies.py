@@ -87,6 +87,11 @@ class Task:
         return next(iter(self.columns.values()))
 
     @property
+    def dev_halves(self) -> bool:
+        """Whether one half of the dev set is chosen on and the other reported."""
+        return bool(self.arguments.get("dev_halves", False))
+
+    @property
     def train_rows(self) -> int | None:
         """Training examples that a run sees in an epoch."""
         wanted = self.arguments.get("train_size")

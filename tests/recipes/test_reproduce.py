@@ -242,7 +242,7 @@ def test_every_command_in_the_header_plans(tmp_path, capsys):
     lines = re.findall(
         r"^    (?:python|accelerate launch) recipes/reproduction/reproduce.py (.*)$", reproduce.__doc__, re.MULTILINE
     )
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         reproduce.main([*shlex.split(line), "--dry_run", "--results_dir", str(tmp_path)])
         assert "Missing: " in capsys.readouterr().out
@@ -280,7 +280,8 @@ def test_a_study_config_that_cannot_be(quick, changes, message):
         (["--order", "random"], "--order random"),
         (["--model_path", "Tiny"], "NAME=FOLDER"),
         (["--figure", "1"], "has no 'figure1'"),
-        (["--config", "nowhere"], "cannot be read"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "nowhere"], "--config nowhere: there is minilm_cpu, mpnet_cpu, paper; or give a YAML file"),
     ],
 )
 def test_options_that_cannot_be(quick, options, message):
@@ -321,7 +322,7 @@ def test_a_whole_table_is_rendered_from_stored_runs_without_a_new_run(quick, mon
     assert f"*paper, BERT-base* | *Frozen* |  | *56.9{MARK}*" in text
     assert paper.NOTE in text
     assert "not checked against the PDF" in paper.NOTE
-    assert "chosen on the dev set" in text
+    assert "the learning rate is chosen on the dev set that is reported" in text
     assert "Nothing: all 10 runs are there." in text
     assert "commit: 0123456789ab\n" in text
     assert "hardware: cores 1, cpu a processor" in text
