@@ -50,7 +50,7 @@ from .parameter_groups import (
     trainable_deltas,
     trainable_head,
 )
-from .private.checks import require_private_trainer
+from .private.checks import refuse_private_past, require_private_trainer
 from .private.config import PrivacyConfig
 from .push import check_base_name, check_card_place, prepare_push
 from .rates import LrScale, describe_scale, term_scale
@@ -204,6 +204,8 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         assert trainer.model is not None  # it is about to be trained
         check_resumable(trainer.model, self.adapter_name, resume_from_checkpoint)
+        if self.privacy is None:
+            refuse_private_past(None, self.adapter_name, resume_from_checkpoint)
         original(resume_from_checkpoint, *args, **kwargs)
 
     def _save_model(
@@ -292,6 +294,8 @@ class BitFitCallback(TrainerCallback):
         assert model is not None  # the Trainer always passes it
         sharded = sharding_engine(args) is not None
         self._check_model(model, sharded=sharded)
+        if self.privacy is None:
+            refuse_private_past(_run_of(model, self.adapter_name), self.adapter_name)
         if optimizer is not None and not sharded:
             asked_for = self.head_learning_rate is not None or made_by_trainer(optimizer)
             check_optimizer(
@@ -487,6 +491,8 @@ class BitFitCallback(TrainerCallback):
             # The model is the best one again, so the last evaluation is not about it.
             best = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]
             run.metrics |= {name: value for entry in best for name, value in evaluation_metrics(entry).items()}
+        if self.privacy is not None:
+            return  # both tell of the training data
         last = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
         run.seconds, run.train_loss = last.get("train_runtime"), last.get("train_loss")
 
