@@ -1,10 +1,10 @@
 """Fine-tunes with differential privacy: sentences of GLUE, or words of a treebank, with BitFit and `PrivateTrainer`.
 
 One run is one task, one budget, one learning rate and one seed. It is evaluated once, at the end: who picks the best
-of several epochs, rates or seeds by private rows spends privacy that no ε here accounts for. `run.json` has the figures
-and, in its notes, what was spent; the folder holds the delta, whose `adapter_config.json` says the same. With neither
-`--target_epsilon` nor `--noise_multiplier` the same task is trained without privacy, by a stock Trainer, to hold the
-private run against.
+of several epochs, rates or seeds by private rows spends privacy that no ε here accounts for. `run.json` has the
+figures and, in its notes, what was spent; the folder holds the delta, whose `adapter_config.json` says the same. With
+neither `--target_epsilon` nor `--noise_multiplier` the same task is trained without privacy, by a stock Trainer, to
+hold the private run against.
 
     accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --target_epsilon 3 \\
         --data_dir path/to/data
