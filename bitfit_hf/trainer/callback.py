@@ -38,7 +38,7 @@ from .parameter_groups import (
     optimizer_groups,
     trainable_deltas,
 )
-from .private.checks import require_private_trainer
+from .private.checks import refuse_private_past, require_private_trainer
 from .private.config import PrivacyConfig
 from .push import check_card_place, prepare_push
 from .rates import LrScale, describe_scale, term_scale
@@ -194,6 +194,8 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         assert trainer.model is not None  # it is about to be trained
         check_resumable(trainer.model, self.adapter_name, resume_from_checkpoint)
+        if self.privacy is None:
+            refuse_private_past(None, self.adapter_name, resume_from_checkpoint)
         original(resume_from_checkpoint, *args, **kwargs)
 
     def _save_model(
@@ -260,6 +262,8 @@ class BitFitCallback(TrainerCallback):
         assert model is not None  # the Trainer always passes it
         sharded = sharding_engine(args) is not None
         check_set_up(model, self.adapter_name, here=model in self._prepared or sharded)
+        if self.privacy is None:
+            refuse_private_past(_run_of(model, self.adapter_name), self.adapter_name)
         if optimizer is not None and not sharded:
             asked_for = self.head_learning_rate is not None or made_by_trainer(optimizer)
             check_optimizer(
@@ -413,7 +417,7 @@ class BitFitCallback(TrainerCallback):
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is None:
             return
-        run.ended(state, best=bool(args.load_best_model_at_end))
+        run.ended(state, best=bool(args.load_best_model_at_end), private=self.privacy is not None)
 
 
 def _run_of(model: nn.Module, adapter_name: str) -> TrainingRun | None:

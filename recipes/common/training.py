@@ -211,23 +211,30 @@ class Evaluation(TrainerCallback):
         return max(self.history, key=score)
 
 
-def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArguments:
+def training_arguments(args: StudyArguments, *, accumulation: int = 1, **changes: Any) -> TrainingArguments:
     """
     The Trainer's arguments. The batch is split over the processes, so that a run is the same on one and on several.
+
+    Args:
+        args ([`StudyArguments`]): Of the recipe.
+        accumulation (`int`, *optional*, defaults to 1): Parts of a process's batch that are computed one by one.
+        changes: Of the Trainer's arguments.
 
     Raises:
         `SystemExit`: The batch cannot be split evenly.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch_size % processes:
-        raise SystemExit(f"--batch_size {args.batch_size} cannot be split over {processes} processes.")
+    if args.batch_size % (processes * accumulation):
+        parts = f"{processes} processes" + (f" and {accumulation} parts" if accumulation > 1 else "")
+        raise SystemExit(f"--batch_size {args.batch_size} cannot be split over {parts}.")
     use_cpu = args.use_cpu or not _accelerator()
     values = {
         "output_dir": args.output_dir,
         "learning_rate": args.learning_rate,
         "num_train_epochs": args.epochs,
         "max_steps": args.max_steps or -1,
-        "per_device_train_batch_size": args.batch_size // processes,
+        "per_device_train_batch_size": args.batch_size // (processes * accumulation),
+        "gradient_accumulation_steps": accumulation,
         "per_device_eval_batch_size": args.eval_batch_size,
         "weight_decay": args.weight_decay,
         "lr_scheduler_type": args.lr_scheduler,
@@ -247,7 +254,7 @@ def training_arguments(args: StudyArguments, **changes: Any) -> TrainingArgument
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     made = TrainingArguments(**values | changes)
-    if (found := made.train_batch_size * processes) != args.batch_size:
+    if (found := made.train_batch_size * processes * accumulation) != args.batch_size:
         raise SystemExit(
             f"{made.n_gpu} devices in {processes} processes would make batches of {found}, not of --batch_size "
             f"{args.batch_size}: start one process per device, with `accelerate launch`."
@@ -282,6 +289,8 @@ def train(
     *,
     recipe: str,
     after: Callable[[Trainer], dict[str, Any]] | None = None,
+    trainer_class: type[Trainer] = Trainer,
+    accumulation: int = 1,
 ) -> RunRecord:
     """
     Trains, evaluates, saves what the method needs beside the base, and writes `<output_dir>/run.json`.
@@ -294,6 +303,8 @@ def train(
         recipe (`str`): Its name, for the record.
         after (`Callable`, *optional*): Called with the Trainer when it has been trained, on every process; what it
             returns is added to the record's notes.
+        trainer_class (`type`, *optional*, defaults to [`~transformers.Trainer`]): What trains.
+        accumulation (`int`, *optional*, defaults to 1): Parts of a process's batch that are computed one by one.
 
     Returns:
         [`RunRecord`]: The same on every process; the files are written by the first.
@@ -304,10 +315,10 @@ def train(
     method = chosen_method(args) if method is None else method
     commit, dirty = checkout()  # of the code that has been read; the files may change while it runs
     revision = getattr(model.config, "_commit_hash", None)
-    trainer_args = training_arguments(args)
+    trainer_args = training_arguments(args, accumulation=accumulation)
     model = method.prepare(model)
     evaluation = Evaluation(data, args.eval_every)
-    trainer = Trainer(
+    trainer = trainer_class(
         model=model,
         args=trainer_args,
         train_dataset=data.train,
