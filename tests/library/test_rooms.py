@@ -28,6 +28,7 @@ ROOMS = [
     "bank",
     "serving",
     "trainer",
+    "tables",
     "__init__",
     "cli",
 ]
