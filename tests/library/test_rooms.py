@@ -30,6 +30,7 @@ ROOMS = [
     "bank",
     "serving",
     "trainer",
+    "tables",
     "__init__",
     "cli",
 ]
