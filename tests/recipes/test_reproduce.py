@@ -118,7 +118,7 @@ def fill_all(config: studies.StudyConfig, store: RunStore) -> None:
 def test_the_id_of_a_run_is_stable_and_is_of_all_that_it_depends_on(quick):
     (cell, _) = plan.expand(quick.config(), ["table3"])
     run = cell.run(1e-3, 1)
-    assert run.id == "quick-Tiny-full-lr0.001-seed1-05a98053"  # results that are kept are found by it
+    assert run.id == "quick-Tiny-full-lr0.001-seed1-408a645e"  # results that are kept are found by it
     others = [cell.run(1e-4, 1), cell.run(1e-3, 2)]
     others += [
         plan.expand(quick.config(**changes), ["table3"])[0].run(1e-3, 1)
@@ -131,6 +131,16 @@ def test_the_id_of_a_run_is_stable_and_is_of_all_that_it_depends_on(quick):
     assert len({run.id, *(other.id for other in others)}) == len(others) + 1
     for changes in ({"about": "Else."}, {"seeds_at_best": False}, {"ms_per_token": {"default": 9}}):
         assert plan.expand(quick.config(**changes), ["table3"])[0].run(1e-3, 1).id == run.id
+
+
+def test_a_run_by_other_rules_is_another_run(quick, monkeypatch):
+    """Results of before are not taken for those of today, whatever the study config says."""
+    (cell, _) = plan.expand(quick.config(), ["table3"])
+    store = RunStore(quick.folder)
+    fill(store, cell, {(1e-3, 0): 0.7})
+    assert store.get(cell.run(1e-3, 0)) is not None
+    monkeypatch.setattr(plan, "RULES", plan.RULES + 1)
+    assert store.get(cell.run(1e-3, 0)) is None
 
 
 def test_studies_share_runs_and_a_cell_is_the_union_of_its_parts(quick):
