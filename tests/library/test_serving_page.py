@@ -1,6 +1,6 @@
 """The pages in a real browser: what a person sees who lists the tasks and tries one.
 
-The browser is a Chromium that is there (`chromium`, `google-chrome`, … on the path, or the one that `playwright install
+The browser is a Chromium that is there (`chromium`, `google-chrome`, … on the path, or what `playwright install
 chromium` brings); where none is found these tests are skipped.
 """
 
