@@ -51,6 +51,7 @@ class Ledger:
         self.sample_rate = expected_batch_size / examples
         self.noise_multiplier = config.noise_multiplier
         self.accountant = create_accountant(mechanism=config.accountant)
+        self._known: dict[tuple[tuple[float, float, int], ...], float] = {}  # computing an ε takes up to a second
         self._batches, self._noise = unguessable_generator(), unguessable_generator()
 
     # --- randomness ---
@@ -139,6 +140,8 @@ class Ledger:
                 merged[-1] = (noise, rate, merged[-1][2] + steps)
             else:
                 merged.append((noise, rate, steps))
+        if tuple(merged) in self._known:
+            return self._known[tuple(merged)]
         accountant = create_accountant(mechanism=self.config.accountant)
         accountant.history = merged
         epsilon = float(accountant.get_epsilon(delta=self.delta))
@@ -147,6 +150,7 @@ class Ledger:
                 f"Opacus' {self.config.accountant} accountant gives no finite ε for {merged}. Use "
                 '`accountant="rdp"`, or more noise.'
             )
+        self._known[tuple(merged)] = epsilon
         return epsilon
 
     def facts(self, *, ahead: int = 0) -> dict[str, Any]:

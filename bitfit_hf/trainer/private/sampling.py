@@ -105,13 +105,17 @@ _TRIED = 16  # examples of the first batch that are collated alone
 class CollateOrEmpty:
     """Collates a batch into one row per example, and marks an empty one, which collators cannot make.
 
+    Args:
+        collate (`Callable`): The collator.
+        name (`str`): What errors call it.
+
     Attributes:
         alone (`tuple[int, Any]`, *optional*): Of the first batch with two examples or more, the place of a short one,
             and what the collator makes of it alone.
     """
 
-    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
-        self._collate = collate
+    def __init__(self, collate: Callable[[Sequence[Any]], Any], name: str) -> None:
+        self._collate, self._name = collate, name
         self.alone: tuple[int, Any] | None = None
 
     def __call__(self, examples: Sequence[Any]) -> Any:
@@ -131,7 +135,7 @@ class CollateOrEmpty:
         if odd:
             raise PrivacyError(
                 f"The collator made {', '.join(odd)} of {len(examples)} examples, which is not one row per example "
-                f"({type(self._collate).__name__}): an example's gradient cannot be told from another's. Use one that "
+                f"({self._name}): an example's gradient cannot be told from another's. Use one that "
                 "pads, and packs nothing."
             )
         return batch

@@ -109,7 +109,7 @@ class PrivateTrainer(Trainer):
             data = self._remove_unused_columns(data, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
-        self._collate = CollateOrEmpty(collate)
+        self._collate = CollateOrEmpty(collate, _name(self.data_collator))
         batches = PoissonBatches(
             ledger.sample_rate,
             args.gradient_accumulation_steps,
@@ -293,6 +293,10 @@ class PrivateTrainer(Trainer):
             self.ledger.save(folder)
         super()._save_checkpoint(*args, **kwargs)
         self._run.privacy = planned
+
+
+def _name(collator: Any) -> str:
+    return getattr(collator, "__name__", type(collator).__name__)
 
 
 def _by_length(args: Any) -> bool:
