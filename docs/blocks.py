@@ -1,7 +1,7 @@
 """Finds the code blocks of a page and runs the Python ones.
 
-The blocks of a page share one namespace and run in the order they stand in, in an empty folder. Each page has a process
-of its own, made from one that has already imported the library: the import takes longer than most pages.
+The blocks of a page share one namespace and run in the order they stand in, in an empty folder. Each page has a
+process of its own, made from one that has already imported the library: the import takes longer than most pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 
 PYTHON = ("python", "py", "python3")
 SHELL = ("bash", "sh", "shell", "console")
-SKIPPED = ("_build", "_ext", "upstream")
+SKIPPED = ("_build", "_ext", "upstream", "outputs")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Block:
 
 def page_files(folder: Path) -> list[Path]:
     """The pages under a folder, without notebooks: those are run by Sphinx."""
-    found = sorted(path for path in folder.rglob("*.md") if path.relative_to(folder).parts[0] not in SKIPPED)
+    found = sorted(path for path in folder.rglob("*.md") if not {*path.relative_to(folder).parts} & {*SKIPPED})
     return [path for path in found if "file_format: mystnb" not in path.read_text(encoding="utf-8")]
 
 
@@ -95,10 +95,10 @@ def run_pages(folder: Path, only: str = "") -> int:
         blocks = [block for block in blocks_of(path, folder) if block.language in PYTHON]
         if blocks and only in blocks[0].page:
             jobs.append((blocks, str(folder)))
-    started, failed, ran = time.monotonic(), 0, 0
+    started, failed = time.monotonic(), 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bitfit_hf", "transformers.trainer", "datasets", "rich"])
-    with context.Pool(min(2, os.cpu_count() or 1), maxtasksperchild=1) as pool:
+    with context.Pool(1, maxtasksperchild=1) as pool:
         for page, seconds, problem in pool.imap_unordered(_run, jobs):
             print(f"{page}: {'FAILED' if problem else 'ran'} in {seconds:.0f} s", flush=True)
             if problem:
@@ -107,3 +107,7 @@ def run_pages(folder: Path, only: str = "") -> int:
     ran = sum(len(blocks) for blocks, _ in jobs)
     print(f"{ran} blocks of {len(jobs)} pages in {time.monotonic() - started:.0f} s, {failed} pages failed")
     return failed
+
+
+if __name__ == "__main__":
+    sys.exit(1 if run_pages(Path(sys.argv[1]), *sys.argv[2:]) else 0)

@@ -26,7 +26,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 BUILT = DOCS / "_build"
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
-sys.path[:0] = [str(DOCS), str(ROOT / "tests" / "helpers"), str(ROOT / "recipes")]
+sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT / "recipes")]
 
 
 def base_files() -> dict[str, bytes]:
@@ -51,6 +51,7 @@ def scene() -> Iterator[dict[str, str]]:
         }
         yield {
             **environment,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # for `bitfit`
             "HF_HOME": home,
             "HF_ENDPOINT": hub.endpoint,
             "HF_TOKEN": user.token,
@@ -65,6 +66,7 @@ def scene() -> Iterator[dict[str, str]]:
             "no_proxy": "127.0.0.1,localhost",
             "TOKENIZERS_PARALLELISM": "false",
             "WANDB_MODE": "disabled",
+            "TRANSFORMERS_VERBOSITY": "error",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -74,11 +76,14 @@ def scene() -> Iterator[dict[str, str]]:
 def pages(environment: dict[str, str], run: bool) -> int:
     """Has Sphinx write the pages; the tutorials are run with it."""
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q"]
-    command += [] if run else ["-D", "nb_execution_mode=off"]
+    command += [] if run else ["-D", "nb_execution_mode=off", "-D", "suppress_warnings=myst-nb.lexer"]
     # Notebooks are not always found to be out of date: what they import changes, not they.
     shutil.rmtree(BUILT / "doctrees", ignore_errors=True)
     command += ["-d", str(BUILT / "doctrees"), str(DOCS), str(BUILT / "html")]
-    return subprocess.run(command, env=environment).returncode
+    try:
+        return subprocess.run(command, env=environment).returncode
+    finally:
+        shutil.rmtree(DOCS / "tutorials" / "outputs", ignore_errors=True)  # what the tutorials have saved
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,14 +94,12 @@ def main(argv: list[str] | None = None) -> int:
 
     with scene() as environment:
         started = time.monotonic()
-        failed = pages(environment, run=not args.no_run and not args.only)
+        # The blocks are run beside Sphinx, which runs the tutorials: two processes, as there are cores at least.
+        blocks = [sys.executable, str(DOCS / "blocks.py"), str(DOCS), args.only]
+        running = None if args.no_run else subprocess.Popen(blocks, env=environment)
+        failed = pages(environment, run=running is not None and not args.only)
         print(f"Pages: {'failed' if failed else 'written'} in {time.monotonic() - started:.0f} s", flush=True)
-        if not args.no_run:
-            os.environ.clear()
-            os.environ.update(environment)
-            from blocks import run_pages
-
-            failed |= run_pages(DOCS, args.only)
+        failed |= running.wait() if running is not None else 0
     if not failed:
         print(f"Open {(BUILT / 'html' / 'index.html').relative_to(ROOT)}")
     return 1 if failed else 0

@@ -25,7 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "_ext", "upstream"]
+exclude_patterns = ["_build", "_ext", "upstream", "tutorials/outputs"]
 nitpicky = True  # a reference that leads nowhere is a warning, and `build.py` makes warnings errors
 
 # Pages. Headings get anchors down to the third level, so that pages can link to a section.
@@ -37,7 +37,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_show_tb = True  # and a warning, which fails the build
 nb_execution_timeout = 300  # seconds for a cell
-nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and what other libraries say when they are imported
 
 # The reference, from docstrings in the Hugging Face format (see `_ext/hf_docstrings.py`). Types stand in `Args`.
 autodoc_typehints = "none"

@@ -141,7 +141,9 @@ def section(name: str, lines: list[str]) -> Iterator[str]:
     yield from ("", f"**{_LISTS[name]}**", "")
     for head, body in entries(lines):
         if name != "Raises":  # several names may share one explanation
-            head = re.sub(r"(^|, )([\w.*]+)(?= \()", lambda match: f"{match[1]}**{match[2].replace('*', chr(92) + '*')}**", head)
+            head = re.sub(
+                r"(^|, )([\w.*]+)(?= \()", lambda match: f"{match[1]}**{match[2].replace('*', chr(92) + '*')}**", head
+            )
         text = list(paragraphs(body))
         yield f"- {inline(head)} – {text[0].strip()}" if text and text[0].strip() else f"- {inline(head)}"
         yield from (f"  {line}" if line else "" for line in text[1:])

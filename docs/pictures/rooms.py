@@ -23,7 +23,8 @@ def guard() -> ModuleType:
     """The test that walks through the imports."""
     path = ROOT / "tests" / "library" / "test_rooms.py"
     spec = importlib.util.spec_from_file_location("rooms_guard", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
