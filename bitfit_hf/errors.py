@@ -149,6 +149,10 @@ class CheckpointError(BitFitError, ValueError):
     """A base model or tuned model that was named on the command line cannot be used."""
 
 
+class TableError(BitFitError, ValueError):
+    """A table of labelled texts cannot be trained on or evaluated; the message names the row."""
+
+
 class ServingError(BitFitError, ValueError):
     """`bitfit serve` cannot start with these options, or a task cannot be served over HTTP."""
 

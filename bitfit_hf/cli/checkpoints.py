@@ -62,7 +62,7 @@ def read_model_config(path_or_repo: str, *, revision: str | None = None, token: 
     local = is_local(path_or_repo)
     if local and not (Path(path_or_repo) / MODEL_CONFIG).is_file():
         raise CheckpointError(f"{path_or_repo} holds no model: there is no config.json in it.")
-    with _reading(path_or_repo):
+    with reading(path_or_repo):
         return AutoConfig.from_pretrained(
             path_or_repo, revision=revision, token=token, local_files_only=local, trust_remote_code=False
         )
@@ -102,7 +102,7 @@ def model_class(
 
 def build_on_meta(config: PretrainedConfig, cls: Any, path_or_repo: str) -> PreTrainedModel:
     """The architecture without weights: nothing is downloaded, and no memory is used."""
-    with _reading(path_or_repo), torch.device("meta"):
+    with reading(path_or_repo), torch.device("meta"):
         return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
@@ -122,7 +122,7 @@ def load_model(
     """
     from ..terms import head_modules, part_of
 
-    with _reading(path_or_repo):
+    with reading(path_or_repo):
         model, report = cls.from_pretrained(
             path_or_repo,
             revision=revision or "main",
@@ -145,7 +145,7 @@ def load_model(
 
 
 @contextmanager
-def _reading(path_or_repo: str) -> Iterator[None]:
+def reading(path_or_repo: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
@@ -158,7 +158,7 @@ def preprocessing_folder(path_or_repo: str, *, revision: str | None = None, toke
     """A local folder with the tokenizer files of a model or delta, if it has any."""
     if is_local(path_or_repo):
         return Path(path_or_repo)
-    with _reading(path_or_repo):
+    with reading(path_or_repo):
         return Path(
             snapshot_download(path_or_repo, revision=revision, token=token, allow_patterns=list(TOKENIZER_FILES))
         )

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .console import complete_import, quiet
+from .console import GroupedHelp, complete_import, quiet
 from .text import printable
 
 _SHOWN = 8  # tasks in the start line
@@ -91,11 +91,12 @@ def serve(
         int, _option("--drain-seconds", panel=ADDRESS, min=0, help="For requests under way when told to end.")
     ] = 30,
 ) -> None:
-    """Serve many tasks on one base model over HTTP, in the wire format of Text Embeddings Inference.
+    """Serve many tasks on one base model over HTTP.
 
-    Requests of all tasks are batched together. A task that cannot be loaded is reported and left out. On SIGTERM the
-    server answers what it has accepted, and ends with 0. Every option is an environment variable too,
-    BITFIT_SERVE_MAX_BATCH_TOKENS for --max-batch-tokens; there, several values are separated by spaces.
+    The wire format is that of Text Embeddings Inference. Requests of all tasks are batched together. A task that
+    cannot be loaded is reported and left out. On SIGTERM the server answers what it has accepted, and ends with 0.
+    Every option is an environment variable too, BITFIT_SERVE_MAX_BATCH_TOKENS for --max-batch-tokens; there, several
+    values are separated by spaces.
 
     \b
     Examples:
@@ -154,6 +155,10 @@ def _named(entry: str) -> tuple[str, str]:
     return name, source
 
 
+class _Serve(GroupedHelp, TyperCommand):
+    """It is no [`Command`](console.py): a server runs on, and its libraries may speak."""
+
+
 def add_to(app: typer.Typer) -> None:
-    """Makes it a command of `app`. It is no [`Command`](console.py): a server runs on, and its libraries may speak."""
-    app.command(cls=TyperCommand)(serve)
+    """Makes it a command of `app`."""
+    app.command(cls=_Serve)(serve)

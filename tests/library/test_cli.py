@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 import typer
 import yaml
 from architectures import ARCHITECTURES, build, output_tensors, randomize_
+from command_line import Result, Run
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel, get_peft_model
@@ -34,55 +34,10 @@ from bitfit_hf.cli import app, checkpoints
 from bitfit_hf.terms import find_biases
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
+COMMANDS = ["train", "eval", "inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
 LABELS = {0: "no", 1: "perhaps", 2: "yes", 3: "certainly"}
 BERT = ARCHITECTURES["bert-sequence"]
 TOKENIZER = {"vocab.txt": b"[PAD]\n", "tokenizer_config.json": b'{"do_lower_case": true}'}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one JSON object on stdout."""
-        assert self.code == 0, self.err
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-    def assert_mistake(self, *fragments: str) -> None:
-        """One line on stderr that says all of `fragments`, nothing on stdout, exit code 1."""
-        assert self.code == 1
-        assert self.out == ""
-        assert self.err.endswith("\n")
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("bitfit: error: ")
-        for fragment in fragments:
-            assert fragment in lines[0]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs `bitfit` with these arguments."""
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setenv("COLUMNS", "100")
-    command = typer.main.get_command(app)
-
-    def run(*args: object) -> Result:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            command.main([str(arg) for arg in args], prog_name="bitfit")
-        return Result(exit_.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -158,7 +113,7 @@ def test_help_of_a_command_shows_examples_with_its_own_options(run: Run, command
     text = plain(result.out)
     examples = re.findall(rf"bitfit {command} .*", text.partition("Examples:")[2])
     assert len(examples) >= 2
-    options = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text.partition("─ Options")[2]))
+    options = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text.partition("Arguments:")[2]))
     used = {option for line in examples for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", line)}
     assert used <= options
     assert ("--json" in options) == (command != "serve"), "a server prints no result"
@@ -170,7 +125,7 @@ def test_version(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["inspect", "--help"], 0), (["--version"], 0), (["inspect", "--bogus"], 1), (["inspct"], 1)],
+    [(["--help"], 0), (["inspect", "--help"], 0), (["--version"], 0), (["inspect", "--bogus"], 2), (["inspct"], 2)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str], code: int) -> None:
@@ -819,13 +774,21 @@ def places(files: Files, tmp_path: Path) -> dict[str, Path]:
     return {**vars(files), **places, "new": tmp_path / "new"}
 
 
+# Told before anything is imported, with click's own exit code.
+IN_THE_COMMAND = {
+    *("unknown command", "unknown option", "unknown global option", "missing argument", "missing option"),
+    *("missing value", "wrong value", "wrong choice", "no format"),
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_1(run: Run, places: dict[str, Path], mistake: str) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(run: Run, places: dict[str, Path], mistake: str) -> None:
     args, fragments = MISTAKES[mistake]
     before = {path: path.read_bytes() for path in places["empty"].parent.rglob("*") if path.is_file()}
     for extra in ([], ["--json"]) if mistake not in ("unknown global option", "missing value") else ([],):
         result = run(*(arg.format(**places) for arg in args), *extra)
-        result.assert_mistake(*(fragment.format(**places) for fragment in fragments))
+        code = 2 if mistake in IN_THE_COMMAND else 1
+        result.assert_mistake(*(fragment.format(**places) for fragment in fragments), code=code)
     after = {path: path.read_bytes() for path in places["empty"].parent.rglob("*") if path.is_file()}
     assert after == before
     assert not places["new"].exists()
