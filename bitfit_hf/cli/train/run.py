@@ -93,6 +93,7 @@ class Run:
     narrator: Narrator
     max_length: int
     scale: Scale = field(init=False)
+    output: str = field(init=False, default="")
     train: Encoded = field(init=False)
     evaluation: Encoded = field(init=False)
 
@@ -125,9 +126,11 @@ class Run:
             save (`Callable`): Called with the Trainer and the outcome, in all processes.
         """
         model = self.base.model(self.settings.seed)
-        if self.problem.kind is Kind.REGRESSION and output_layer(model)[1].bias is None:
-            self.scale = Scale(0.0, self.scale.deviation)  # nothing in the head could take up a mean
-            self._encode()
+        if self.problem.kind is Kind.REGRESSION:
+            self.output, layer = output_layer(model)
+            if layer.bias is None:
+                self.scale = Scale(0.0, self.scale.deviation)  # nothing in the head could take up a mean
+                self._encode()
         callback = BitFitCallback(
             self.config, head_learning_rate=self.settings.head_learning_rate, lr_scale=self.settings.lr_scale
         )
@@ -249,11 +252,10 @@ class Run:
         """Lets the head of a regression answer in the label's own unit: it takes up the mean and the deviation."""
         if self.scale == Scale():
             return
-        path, _ = output_layer(model)
         tensors = head_tensors(model, ADAPTER)
-        tensors[f"{path}.weight"].mul_(self.scale.deviation)
-        if f"{path}.bias" in tensors:
-            tensors[f"{path}.bias"].mul_(self.scale.deviation).add_(self.scale.mean)
+        tensors[f"{self.output}.weight"].mul_(self.scale.deviation)
+        if f"{self.output}.bias" in tensors:
+            tensors[f"{self.output}.bias"].mul_(self.scale.deviation).add_(self.scale.mean)
 
     def clean_up(self) -> None:
         """Removes the checkpoints."""
