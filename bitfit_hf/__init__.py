@@ -43,6 +43,7 @@ if TYPE_CHECKING or _completing or not _for_the_command_line():
     from .storage.fingerprint import base_mismatch
     from .trainer import BitFitCallback, PrivacyConfig, optimizer_groups
     from .tuner import BitFitLayer, BitFitModel
+    from .tuner.merging import merge_and_unload
     from .tuner.registration import register
 
     __all__ = [
@@ -58,6 +59,7 @@ if TYPE_CHECKING or _completing or not _for_the_command_line():
         "base_mismatch",
         "bias_change",
         "load_delta",
+        "merge_and_unload",
         "optimizer_groups",
         "plot_bias_change",
         "push_to_hub",

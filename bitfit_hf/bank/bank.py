@@ -15,8 +15,8 @@ from transformers.utils import ModelOutput
 from ..delta.value import BiasDelta
 from ..errors import TaskBankError, UnknownTaskError
 from ..storage.fingerprint import OnMismatch
+from ..terms.survey import span_index
 from ..tuner.head import Labels
-from ..tuner.layer import span_index
 from .base import Base
 from .batch import Batch, BatchTask, running
 from .output import BankOutput

@@ -16,7 +16,7 @@ from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..storage.files import CARD_FILE
 from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, part_tensors, select_biases, unknown_vectors
-from ..tuner.plan import num_base_parameters
+from ..terms.base_size import num_base_parameters
 
 # Where a bias is: stack, term, layer.
 Place = tuple[str, str, int | None]

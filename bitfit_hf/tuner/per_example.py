@@ -3,7 +3,8 @@
 A delta that is expanded to one row per example has, as the gradient of a row, the gradient of that example. The rows
 need not exist: a tuned layer computes with `b_0 + δ` as ever, and an identity behind it reduces the gradient of its
 output over everything but example and channel. So the forward pass is the non-private one, bit by bit, and nothing is
-stored for the biases. A head's leaf keeps its input, as it does without privacy, for the gradient of its weight.
+stored for the biases. A head's leaf keeps its input, as it does without privacy, for the gradient of its weight, which
+is left as an [`OuterProduct`] where each example uses the weight once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,32 @@ from .reading import stock_class
 HEAD_KINDS = (nn.Linear, Conv1D, nn.LayerNorm)
 
 
+class OuterProduct:
+    """Per-example gradients `rows[i] ⊗ columns[i]` of a weight, not multiplied out.
+
+    A pooler's weight has more elements than all biases of a small model together: one such matrix for each example
+    would take longer than the backward pass.
+
+    Args:
+        rows (`torch.Tensor` of shape `(batch, r)`), columns (`torch.Tensor` of shape `(batch, c)`): The factors.
+    """
+
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        self.rows, self.columns = rows, columns
+
+    def dense(self) -> torch.Tensor:
+        """The gradients, `(batch, r, c)`."""
+        return self.rows[:, :, None] * self.columns[:, None, :]
+
+
+Gradient = torch.Tensor | OuterProduct
+
+
+def dense(gradient: Gradient) -> torch.Tensor:
+    """Per-example gradients of whichever form as a tensor, `(batch, *parameter.shape)`."""
+    return gradient.dense() if isinstance(gradient, OuterProduct) else gradient
+
+
 class PerExample:
     """While it is open, a forward and backward pass of the model leave per-example gradients here, and in no `.grad`.
 
@@ -38,12 +65,12 @@ class PerExample:
             share what it computes. Without it one row each is assumed; the shapes are checked in any case.
 
     Attributes:
-        gradients (`dict[nn.Parameter, torch.Tensor]`): Of shape `(batch, *parameter.shape)`, float32.
+        gradients (`dict[nn.Parameter, torch.Tensor | OuterProduct]`): Of shape `(batch, *parameter.shape)`, float32.
     """
 
     def __init__(self, model: nn.Module, batch: int, rows: dict[nn.Module, tuple[int, bool]] | None = None) -> None:
         self.batch = batch
-        self.gradients: dict[nn.Parameter, torch.Tensor] = {}
+        self.gradients: dict[nn.Parameter, Gradient] = {}
         self._rows = rows or {}
         self._parts = parts_of(model)
 
@@ -56,10 +83,10 @@ class PerExample:
         for part in self._parts:
             part._tape = None
 
-    def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+    def add(self, parameter: nn.Parameter, gradient: Gradient) -> None:
         """Adds what one use of a parameter contributes: a layer may run several times, and a delta may be tied."""
         if parameter in self.gradients:
-            gradient = self.gradients[parameter] + gradient
+            gradient = dense(self.gradients[parameter]) + dense(gradient)
         self.gradients[parameter] = gradient
 
     # --- tuned layers ---
@@ -180,8 +207,11 @@ class _HeadTap(torch.autograd.Function):
             tape.add(ctx.weight, (outputs * normed.reshape(shape)).sum(1))
         else:
             inputs = _per_example(value.float(), tape.batch, -1)
-            order = "bpo,bpi->boi" if isinstance(module, nn.Linear) else "bpo,bpi->bio"
-            tape.add(ctx.weight, torch.einsum(order, outputs, inputs))
+            rows, columns = (outputs, inputs) if isinstance(module, nn.Linear) else (inputs, outputs)
+            if rows.shape[1] == 1:
+                tape.add(ctx.weight, OuterProduct(rows[:, 0], columns[:, 0]))
+            else:
+                tape.add(ctx.weight, torch.einsum("bpr,bpc->brc", rows, columns))
         if ctx.bias is not None:
             tape.add(ctx.bias, outputs.sum(1))
         return gradient, None, None, None, None, None
@@ -208,7 +238,7 @@ def unsupported_parts(model: nn.Module) -> Iterator[str]:
                     yield f"{path}: a {type(copy).__name__} in the head (Linear, Conv1D and LayerNorm can be trained)"
         elif isinstance(module, BitFitLayer):
             if is_bitsandbytes(module.base_layer):
-                yield f"{path}: a layer of bitsandbytes"
+                yield f"{path}: a layer of bitsandbytes, which casts the bias that it reads in its own way"
             elif isinstance(module.base_layer, nn.MultiheadAttention):
                 yield f"{path}: a MultiheadAttention, which reads its biases inside"
 

@@ -32,6 +32,27 @@ def matthews_correlation(labels: Any, predictions: Any) -> dict[str, float]:
     return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
 
 
+def constant(prediction: EvalPrediction) -> bool | None:
+    """
+    Whether a model answers the same to everything, as one that has collapsed does; `None` for answers of other forms.
+
+    Args:
+        prediction ([`~transformers.EvalPrediction`]): Logits `[rows, classes]` or `[rows, 1]`, or tags (or their
+            logits) `[rows, tokens]` with labels that are -100 but at one token of each word.
+    """
+    if isinstance(prediction.predictions, tuple) or isinstance(prediction.label_ids, tuple):
+        return None
+    predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    if labels.ndim == 2:
+        tags = predictions.argmax(-1) if predictions.ndim == 3 else predictions
+        given = tags[labels != -100]
+    elif predictions.ndim == 2:
+        given = answers(predictions)
+    else:
+        return None
+    return bool(len(given) and np.ptp(given) <= 1e-3 * np.abs(given).max())
+
+
 _BY_METRIC = {
     "accuracy": accuracy,
     "f1": accuracy_and_f1,

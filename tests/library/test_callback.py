@@ -38,11 +38,13 @@ from tuner_tester import base_tensors, fill_, same_tensors, state
 from bitfit_hf import BitFitCallback, BitFitConfig
 from bitfit_hf.errors import BitFitError, OptimizerError, TrainerSetupError
 
-LOGGER = "bitfit_hf.trainer.callback"
+LOGGER = "bitfit_hf.trainer"
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == LOGGER and record.levelno == level]
+    return [
+        record.getMessage() for record in caplog.records if record.name.startswith(LOGGER) and record.levelno == level
+    ]
 
 
 # --- what it makes of a model ---

@@ -13,9 +13,9 @@ from torch import nn
 from bitfit_hf import BitFitConfig, PrivacyError
 from bitfit_hf.terms.structure import stock_root
 from bitfit_hf.trainer.parameter_groups import trainable_deltas, trainable_head
-from bitfit_hf.trainer.private.checks import study_batch, token_counts
 from bitfit_hf.trainer.private.gradients import PrivateSum, generator_noise, secure_noise
-from bitfit_hf.tuner.per_example import PerExample
+from bitfit_hf.trainer.private.study import study_batch
+from bitfit_hf.tuner.per_example import PerExample, dense
 
 BATCH = 4
 MODELS = (
@@ -45,10 +45,11 @@ def tuned(name: str, **config) -> tuple[nn.Module, dict]:
 
 def in_loop(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
     rows = [[] for _ in trainables(model)]
+    studied = study_batch(model, inputs)
     for i in range(BATCH):
         model.zero_grad()
         one = {k: v[i : i + 1] for k, v in inputs.items()}
-        loss = model(**one).loss * (token_counts(stock_root(model), one["labels"])[0] > 0)
+        loss = model(**one).loss * (studied.counts(one["labels"])[0] > 0)
         loss.backward()
         for row, parameter in zip(rows, trainables(model), strict=True):
             row.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone())
@@ -57,15 +58,14 @@ def in_loop(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
 
 
 def at_once(model: nn.Module, inputs: dict) -> list[torch.Tensor]:
-    counts = token_counts(stock_root(model), inputs["labels"])
-    rows = study_batch(model, stock_root(model), inputs)
-    with PerExample(model, BATCH, rows) as tape:
+    studied = study_batch(model, inputs)
+    with PerExample(model, BATCH, studied.rows) as tape:
         model(**inputs).loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing but the tape may see a gradient"
-    scale = counts.sum() / counts
+    scale = studied.scale(inputs["labels"])
     zero = [torch.zeros(BATCH, *p.shape) for p in trainables(model)]
     return [
-        tape.gradients.get(p, nothing) * scale.view(-1, *[1] * p.dim())
+        dense(tape.gradients.get(p, nothing)) * scale.view(-1, *[1] * p.dim())
         for p, nothing in zip(trainables(model), zero, strict=True)
     ]
 
@@ -104,7 +104,7 @@ def test_examples_that_mix_are_refused():
     original = layer.forward
     layer.forward = lambda hidden, *a, **k: original(hidden + hidden.mean(0, keepdim=True), *a, **k)
     with pytest.raises(PrivacyError, match="depends on the other examples"):
-        study_batch(model, stock_root(model), inputs)
+        study_batch(model, inputs)
 
 
 def test_a_loss_that_is_no_mean_is_refused():
@@ -119,7 +119,7 @@ def test_a_loss_that_is_no_mean_is_refused():
 
     root.forward = forward
     with pytest.raises(PrivacyError, match="no mean over examples"):
-        study_batch(model, root, inputs)
+        study_batch(model, inputs)
 
 
 def test_clipping_bounds_an_example_that_is_huge_or_not_finite():

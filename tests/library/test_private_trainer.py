@@ -16,7 +16,7 @@ from bitfit_hf import BitFitCallback, BitFitConfig, MissingDependencyError, Priv
 from bitfit_hf.errors import TrainerSetupError
 from bitfit_hf.trainer.private.config import require_opacus
 from bitfit_hf.trainer.private.ledger import Ledger
-from bitfit_hf.trainer.private.sampling import PoissonBatches
+from bitfit_hf.trainer.private.sampling import PoissonBatches, draw
 from bitfit_hf.trainer.private.trainer import PrivateTrainer
 
 NO_PRIVACY = PrivacyConfig(noise_multiplier=0.0, max_grad_norm=math.inf)
@@ -83,7 +83,7 @@ def test_empty_batches_are_updates_too(tmp_path):
 
 def test_batches_are_poisson():
     generator = torch.Generator().manual_seed(0)
-    batches = PoissonBatches(200, 0.05, 1, lambda: generator)
+    batches = PoissonBatches(0.05, 1, lambda: draw(200, 0.05, generator))
     drawn = [batch for _ in range(100) for batch in batches]
     assert len(drawn) == 100 * len(batches) == 2000
     sizes = torch.tensor([len(batch) for batch in drawn]).double()
@@ -92,7 +92,7 @@ def test_batches_are_poisson():
     often = torch.bincount(torch.tensor([i for batch in drawn for i in batch]), minlength=200).double()
     assert float(often.std()) == pytest.approx(math.sqrt(2000 * 0.05 * 0.95), rel=0.2)
     assert all(len(set(batch)) == len(batch) for batch in drawn)
-    parts = PoissonBatches(200, 0.05, 3, lambda: generator)
+    parts = PoissonBatches(0.05, 3, lambda: draw(200, 0.05, generator))
     assert len(list(parts)) == len(parts) == 60
 
 
@@ -212,8 +212,6 @@ def test_bad_values_that_only_the_data_shows(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
-        ({"train_sampling_strategy": "group_by_length"}, "grouped by length"),
         ({"dataloader_num_workers": 1}, "dataloader_num_workers"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),

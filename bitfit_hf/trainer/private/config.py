@@ -30,7 +30,10 @@ class PrivacyConfig:
         accountant (`str`, *optional*, defaults to `"prv"`): Opacus' accountant, `"prv"` (tighter) or `"rdp"`.
         secure_mode (`bool`, *optional*, defaults to `False`):
             Takes the noise and the batches from the operating system's cryptographically secure generator, and not
-            from torch's. A resumed run then draws new ones.
+            from torch's, whose state can be computed from enough of its numbers. A resumed run then draws new ones.
+        public_start (`bool`, *optional*, defaults to `False`):
+            Says that an adapter which has been trained before has seen no private data in that. Without it one whose
+            deltas are not zero is refused: ε counts what this run does and nothing that came before.
 
     Raises:
         [`PrivacyError`]: A value cannot be; all of them are listed.
@@ -51,6 +54,7 @@ class PrivacyConfig:
     max_grad_norm: float = 1.0
     accountant: str = "prv"
     secure_mode: bool = False
+    public_start: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -73,8 +77,11 @@ class PrivacyConfig:
             )
         if self.accountant not in ACCOUNTANTS:
             problems.append(f"`accountant` must be one of {', '.join(ACCOUNTANTS)}, got {self.accountant!r}")
-        if not isinstance(self.secure_mode, bool):
-            problems.append(f"`secure_mode` must be True or False, got {self.secure_mode!r}")
+        problems += [
+            f"`{name}` must be True or False, got {getattr(self, name)!r}"
+            for name in ("secure_mode", "public_start")
+            if not isinstance(getattr(self, name), bool)
+        ]
         if problems:
             raise PrivacyError(f"PrivacyConfig:{collect(problems)}")
 

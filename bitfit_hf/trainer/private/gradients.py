@@ -9,9 +9,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from ...tuner.per_example import Gradient, OuterProduct
+
+Noise = Callable[[torch.Tensor, float], torch.Tensor]
+
 
 class PrivateSum:
-    """The sum of clipped gradients over all forward passes of one update.
+    """The sum of clipped gradients over all forward passes of one update, and over all processes.
 
     Args:
         parameters (`list[nn.Parameter]`): All that is trained.
@@ -29,7 +33,7 @@ class PrivateSum:
         self._sums = {parameter: torch.zeros_like(parameter) for parameter in self.parameters}
 
     @torch.no_grad()
-    def add(self, gradients: Mapping[nn.Parameter, torch.Tensor], scale: torch.Tensor) -> None:
+    def add(self, gradients: Mapping[nn.Parameter, Gradient], scale: torch.Tensor) -> None:
         """Clips and adds a batch.
 
         Args:
@@ -37,37 +41,78 @@ class PrivateSum:
             scale (`torch.Tensor` of shape `(batch,)`): What each example's gradient is multiplied with before, to undo
                 the loss's division by what depends on other examples.
         """
-        unknown = [parameter for parameter in gradients if parameter not in self._sums]
-        assert not unknown, "a gradient of what is not trained would escape the joint norm"
-        scaled = {
-            parameter: gradient * scale.view(-1, *[1] * parameter.dim()) for parameter, gradient in gradients.items()
-        }
-        # In float64, in which no float32 gradient's square overflows.
-        squares = [gradient.double().flatten(1).square().sum(1) for gradient in scaled.values()]
-        norms = torch.stack(squares).sum(0).sqrt()
-        weights = (self.max_grad_norm / norms.clamp(min=1e-30)).clamp(max=1.0)
-        # An example without a finite gradient takes no part; 0 × Inf would be NaN.
+        if any(parameter not in self._sums for parameter in gradients):
+            raise AssertionError("a gradient of what is not trained would escape the joint norm")
+        squares = [_squared_norms(gradient).to(scale.device) for gradient in gradients.values()]
+        norms = torch.stack(squares).sum(0).sqrt() * scale.double()
         finite = norms.isfinite()
-        for parameter, gradient in scaled.items():
-            shape = (-1, *[1] * parameter.dim())
-            kept = torch.where(finite.view(shape), gradient, torch.zeros_like(gradient))
-            clipped = kept.double() * torch.where(finite, weights, torch.zeros_like(weights)).view(shape)
-            self._sums[parameter] += clipped.sum(0).to(parameter.dtype)
+        # An example without a finite gradient takes no part: it is taken out, since 0 × Inf would be NaN.
+        weights = scale.double() * (self.max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0)
+        weights = torch.where(finite, weights, torch.zeros_like(weights))
+        lost = None if bool(finite.all()) else ~finite
+        for parameter, gradient in gradients.items():
+            self._sums[parameter] += _weighted_sum(gradient, weights.to(parameter.device), lost).to(parameter.dtype)
 
     @torch.no_grad()
-    def release(self, noise_multiplier: float, noise: Noise, expected_batch_size: float) -> None:
+    def release(
+        self,
+        noise_multiplier: float,
+        noise: Noise | None,
+        expected_batch_size: float,
+        *,
+        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         """Puts the noised sum, divided by the expected batch size, into each parameter's `.grad`, and begins anew.
 
         The real batch size would tell of the data, so it is not what is divided by.
+
+        Args:
+            noise_multiplier (`float`): Standard deviation of the noise, in multiples of `max_grad_norm`.
+            noise (`Noise`, *optional*): Makes it. `None` in all processes but one: it is added once.
+            expected_batch_size (`float`): Over all processes.
+            reduce (`Callable`, *optional*): Sums a tensor over all processes.
         """
-        for parameter, total in self._sums.items():
-            if noise_multiplier > 0:
-                total = total + noise(total, noise_multiplier * self.max_grad_norm)
-            parameter.grad = total / expected_batch_size
+        totals = list(self._sums.values())
+        flat = torch.cat([total.flatten().to(totals[0].device) for total in totals])
+        if noise_multiplier > 0 and noise is not None:
+            flat = flat + noise(flat, noise_multiplier * self.max_grad_norm)
+        if reduce is not None:
+            flat = reduce(flat)
+        parts = (flat / expected_batch_size).split([total.numel() for total in totals])
+        for parameter, part in zip(self._sums, parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)
         self.clear()
 
 
-Noise = Callable[[torch.Tensor, float], torch.Tensor]
+# Squares are taken in float64, in which that of no float32 number overflows; and sums without a float32 product of
+# matrices, which a user may have set to TF32 or bf16 and which would then exceed the bound.
+
+
+def _squared_norms(gradient: Gradient) -> torch.Tensor:
+    if isinstance(gradient, OuterProduct):
+        return _squared_norms(gradient.rows) * _squared_norms(gradient.columns)
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def _weighted_sum(gradient: Gradient, weights: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
+    """`sum_i weights[i] * gradient[i]`; of the examples that are `lost`, whatever their values."""
+    if isinstance(gradient, OuterProduct):
+        rows, columns = (_without(part, lost).double() for part in (gradient.rows, gradient.columns))
+        return (rows * weights[:, None]).T @ columns
+    gradient = _without(gradient, lost)
+    factors = weights.view(-1, *[1] * (gradient.dim() - 1))
+    # Of an example whose gradient is huge the float32 weight would be zero or lose its digits.
+    exact = bool(((weights == 0) | (weights > 1e-30)).all())
+    return (gradient * factors.float()).sum(0) if exact else (gradient.double() * factors).sum(0)
+
+
+def _without(gradient: torch.Tensor, lost: torch.Tensor | None) -> torch.Tensor:
+    if lost is None:
+        return gradient
+    return gradient.masked_fill(lost.to(gradient.device).view(-1, *[1] * (gradient.dim() - 1)), 0.0)
+
+
+# --- noise ---
 
 
 def secure_noise(like: torch.Tensor, std: float) -> torch.Tensor:
@@ -77,13 +122,13 @@ def secure_noise(like: torch.Tensor, std: float) -> torch.Tensor:
     """
     total = torch.zeros(like.numel(), dtype=torch.float64)
     for _ in range(4):
-        radius, angle = _uniform(like.numel()), _uniform(like.numel())
+        radius, angle = secure_uniform(like.numel()), secure_uniform(like.numel())
         total += torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
     return (std * total / 2).view(like.shape).to(like)
 
 
-def _uniform(count: int) -> torch.Tensor:
-    """Numbers in (0, 1] with 53 random bits each."""
+def secure_uniform(count: int) -> torch.Tensor:
+    """Numbers in (0, 1] with 53 random bits each, from the operating system's generator; float64."""
     bits = torch.frombuffer(bytearray(os.urandom(8 * max(count, 1))), dtype=torch.int64)[:count]
     return ((bits & ((1 << 53) - 1)).double() + 1) / float(1 << 53)
 

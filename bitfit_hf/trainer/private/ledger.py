@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from ...errors import PrivacyError
 from ...storage.files import write_bytes
+from .checks import LEDGER_FILE
 from .config import PrivacyConfig
 from .gradients import Noise, generator_noise, secure_noise
-
-LEDGER_FILE = "privacy.json"
+from .sampling import draw, unguessable_generator
 
 
 class Ledger:
     """
     Counts updates with Opacus' accountant, and is saved in every checkpoint.
 
-    The generators are seeded by the operating system and never by the Trainer's `seed`, which a card quotes: who knows
-    the seed of the noise can subtract it. Their states are in the checkpoint, so a resumed run draws the batches and
-    the noise that the killed one drew after it, and a step that is taken twice is one and the same release. Keep
+    The generators' states come from the operating system and never from the Trainer's `seed`, which a card quotes: who
+    knows the seed of the noise can subtract it. Their states are in the checkpoint, so a resumed run draws the batches
+    and the noise that the killed one drew after it, and a step that is taken twice is one and the same release. Keep
     checkpoints to yourself; a push never holds them.
+
+    Several processes draw the same batch, of which each computes its part, and the first makes the noise. In secure
+    mode each draws for itself, and takes of that the examples which are its own.
 
     Args:
         config ([`PrivacyConfig`]): What was asked for.
         examples (`int`): Size of the training data.
-        expected_batch_size (`int`): Examples per update, on average.
+        expected_batch_size (`int`): Examples per update, on average, over all processes.
     """
 
     def __init__(self, config: PrivacyConfig, examples: int, expected_batch_size: int) -> None:
@@ -48,13 +51,20 @@ class Ledger:
         self.sample_rate = expected_batch_size / examples
         self.noise_multiplier = config.noise_multiplier
         self.accountant = create_accountant(mechanism=config.accountant)
-        self._batches, self._noise = (torch.Generator().manual_seed(secrets.randbits(63)) for _ in range(2))
+        self._known: dict[tuple[tuple[float, float, int], ...], float] = {}  # computing an ε takes up to a second
+        self._batches, self._noise = unguessable_generator(), unguessable_generator()
 
     # --- randomness ---
 
-    def batch_generator(self) -> torch.Generator:
-        """What the next batch is drawn with."""
-        return torch.Generator().manual_seed(secrets.randbits(63)) if self.config.secure_mode else self._batches
+    def share_generators(self) -> None:
+        """Gives all processes the generators of the first."""
+        states = broadcast_object_list([generator.get_state() for generator in (self._batches, self._noise)])
+        for generator, state in zip((self._batches, self._noise), states, strict=True):
+            generator.set_state(state)
+
+    def draw(self) -> list[int]:
+        """Draws the examples of the next update."""
+        return draw(self.examples, self.sample_rate, None if self.config.secure_mode else self._batches)
 
     @property
     def noise(self) -> Noise:
@@ -75,12 +85,13 @@ class Ledger:
             [`PrivacyError`]: The run cannot meet the ε that was asked for.
         """
         target = self.config.target_epsilon
-        if target is None or steps <= 0:
+        if steps <= 0:
             return
-        if self.noise_multiplier is None:
+        if target is not None and self.noise_multiplier is None:
             self.noise_multiplier = self._calibrated(target, steps)
-        planned = self._epsilon_of([*self.accountant.history, (self.noise_multiplier, self.sample_rate, steps)])
-        if planned > target:
+        # Also without a target: an ε that cannot be computed is told now, and not after the training.
+        planned = self._epsilon_of(self._history_after(steps))
+        if target is not None and planned is not None and planned > target:
             raise PrivacyError(
                 f"{steps} updates more would bring ε to {planned:.3f}, above target_epsilon={target:g}: {self.steps} "
                 f"updates with noise multiplier {self.noise_multiplier:.4g} are spent already. A budget is for all "
@@ -109,9 +120,12 @@ class Ledger:
         """Counts one update. With no noise there is nothing to count with."""
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
 
-    def epsilon(self) -> float | None:
-        """What has been spent; `None` where there was an update without noise."""
-        return self._epsilon_of(self.accountant.history)
+    def _history_after(self, steps: int) -> list[tuple[float, float, int]]:
+        history = list(self.accountant.history)
+        if steps > 0:
+            assert self.noise_multiplier is not None
+            history.append((self.noise_multiplier, self.sample_rate, steps))
+        return history
 
     def _epsilon_of(self, history: list[tuple[float, float, int]]) -> Any:
         from opacus.accountants import create_accountant
@@ -126,6 +140,8 @@ class Ledger:
                 merged[-1] = (noise, rate, merged[-1][2] + steps)
             else:
                 merged.append((noise, rate, steps))
+        if tuple(merged) in self._known:
+            return self._known[tuple(merged)]
         accountant = create_accountant(mechanism=self.config.accountant)
         accountant.history = merged
         epsilon = float(accountant.get_epsilon(delta=self.delta))
@@ -134,16 +150,21 @@ class Ledger:
                 f"Opacus' {self.config.accountant} accountant gives no finite ε for {merged}. Use "
                 '`accountant="rdp"`, or more noise.'
             )
+        self._known[tuple(merged)] = epsilon
         return epsilon
 
-    def facts(self) -> dict[str, Any]:
-        """What a card may quote."""
+    def facts(self, *, ahead: int = 0) -> dict[str, Any]:
+        """What a card may quote.
+
+        Args:
+            ahead (`int`, *optional*, defaults to 0): Updates still to come, as if they were spent.
+        """
         known = {
-            "epsilon": self.epsilon(),
+            "epsilon": self._epsilon_of(self._history_after(ahead)),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
-            "steps": self.steps,
+            "steps": self.steps + ahead,
             "max_grad_norm": self.config.max_grad_norm,
             "accountant": self.config.accountant,
         }

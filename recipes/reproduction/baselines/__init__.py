@@ -6,7 +6,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .base import Method, TrainableCount
-from .bitfit import BitFit
+from .bitfit import BitFit, BitFitDefault
 from .diff_pruning import DiffPruning
 from .full import Frozen, Full
 from .lora import Lora
@@ -15,6 +15,7 @@ from .random_subset import RandRowCol, RandUniform
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "bitfit": BitFit,
+    "bitfit_default": BitFitDefault,
     "frozen": Frozen,
     "rand_uniform": RandUniform,
     "rand_row_col": RandRowCol,
