@@ -33,6 +33,7 @@ from ...tables.problem import Kind, Problem
 from ...terms import head_modules, part_tensors
 from ...trainer import BitFitCallback
 from ...trainer.checks import adapter_configs
+from ...trainer.rates import HEAD, term_scale
 from ...tuner.state import delta_parameters, head_tensors
 from .base import Base, output_layer
 from .data import Scale, Task
@@ -152,6 +153,9 @@ class Run:
         for tensor in part_tensors(model, head_modules(model)).values():
             tensor.requires_grad_(tensor.is_floating_point())
         trainer, keep = self._trainer(model, "frozen", "Frozen body", [], best=False)
+        # The head learns as fast as it does beside the biases.
+        rate = self.settings.learning_rate * term_scale(self.settings.lr_scale)[HEAD]
+        trainer.args.learning_rate = self.settings.head_learning_rate or rate
         outcome = self._train(trainer, keep)
         entries = [entry for entry in trainer.state.log_history if f"eval_{self.metric}" in entry]
         pick = min if self.metric in LOWER_IS_BETTER else max
