@@ -126,10 +126,10 @@ def train(
     ] = recommended.LEARNING_RATE,
     head_learning_rate: Annotated[
         float | None,
-        _option("--head-learning-rate", metavar="RATE", panel=TRAINING, help="Of the head; else the same."),
+        _option("--head-learning-rate", metavar="RATE", panel=TRAINING, help="Of the head; else by --rates."),
     ] = None,
     rates: Annotated[
-        Rates, _option("--rates", panel=TRAINING, help="By bias term: our scale, or the paper's one rate for all.")
+        Rates, _option("--rates", panel=TRAINING, help="By bias term and head: our scale, or the paper's one rate.")
     ] = Rates.DEFAULT,
     terms: Annotated[
         list[str],

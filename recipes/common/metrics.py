@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
+
+from bitfit_hf.tables.metrics import correlations
+from bitfit_hf.tables.metrics import word_accuracy as share_of_words
 
 from .data import GLUE
 
@@ -30,19 +30,6 @@ def accuracy_and_f1(labels: Any, predictions: Any) -> dict[str, float]:
 def matthews_correlation(labels: Any, predictions: Any) -> dict[str, float]:
     """Matthews' correlation coefficient, from -1 to 1; 0 for a constant answer."""
     return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
-
-
-def correlations(labels: Any, predictions: Any) -> dict[str, float]:
-    """Spearman's and Pearson's correlation. Of a constant answer, where they are not defined, 0: it tells nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        found = {
-            "spearmanr": float(spearmanr(labels, predictions).statistic),
-            "pearsonr": float(pearsonr(labels, predictions).statistic),
-        }
-    if not np.all(np.isfinite(predictions)):
-        return found
-    return {name: 0.0 if math.isnan(value) else value for name, value in found.items()}
 
 
 def constant(prediction: EvalPrediction) -> bool | None:
@@ -111,10 +98,9 @@ def word_accuracy(lost: int = 0) -> Metrics:
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        labels, tags = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+        tags = np.asarray(prediction.predictions)
         if tags.ndim == 3:
             tags = tags.argmax(-1)
-        words = labels != -100
-        return {"accuracy": float((tags == labels)[words].sum() / (words.sum() + lost))}
+        return {"accuracy": share_of_words(prediction.label_ids, tags, lost)}
 
     return compute

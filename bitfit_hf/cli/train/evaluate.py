@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,17 +192,23 @@ def _with_label_names(table: Table, columns: Columns, problem: Problem) -> Table
     ids = {str(index) for index in range(len(problem.labels))}
     if ids & set(problem.labels):
         return table  # the names are numbers themselves
+
+    def is_id(entry: Any) -> bool:
+        found = number(entry)
+        return found is not None and f"{found:g}" in ids
+
     cells = [row.get(column) for row in table.rows]
     entries = [entry for cell in cells for entry in (cell if isinstance(cell, list) else [cell])]
-    if not all((found := number(entry)) is not None and str(int(found)) in ids for entry in entries):
+    if 2 * sum(map(is_id, entries)) <= len(entries):
         return table
 
     def as_id(cell: Any) -> Any:
-        return [as_id(entry) for entry in cell] if isinstance(cell, list) else int(number(cell) or 0)
+        if isinstance(cell, list):
+            return [as_id(entry) for entry in cell]
+        return int(float(cell)) if is_id(cell) else cell  # what is none is told with its row
 
-    table.rows = [{**row, column: as_id(row[column])} for row in table.rows]
-    table.label_names = {**table.label_names, column: list(problem.labels)}
-    return table
+    rows = [{**row, column: as_id(row[column])} for row in table.rows]
+    return replace(table, rows=rows, label_names={**table.label_names, column: list(problem.labels)})
 
 
 def _tokenizer(name: str, folder: Path, base: str, revision: str | None, token: str | None) -> PreTrainedTokenizerBase:
