@@ -1,0 +1,8 @@
+"""One frozen ONNX graph for all tasks of a bank, and one task as an ONNX Runtime adapter.
+
+- [`export_onnx`](graphs.py) traces a backbone whose layers take each example's `b_0 + δ` from outside (`layers`,
+  `architectures`, `tracing`), and writes the graph beside a description that is checked when it is read (`folder`).
+- [`OnnxEngine`](session.py) runs it for a [`TaskBank`](../bank.py).
+
+The packages of the extra `onnx` are imported when they are needed (`packages`).
+"""
