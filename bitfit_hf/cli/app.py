@@ -226,9 +226,19 @@ def extract(
 
 @app.command(cls=Command)
 def export(
-    delta: Delta,
+    name: Annotated[
+        str, typer.Argument(metavar="DELTA|BASE", help="Folder or Hub repo of a delta; with --onnx of a base model.")
+    ],
     output: Folder,
-    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the only format).")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the default).")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="A base as one ONNX graph for all of its tasks.")] = False,
+    onnx_adapter: Annotated[
+        bool, typer.Option("--onnx-adapter", help="A task as an ONNX Runtime adapter, with its graph.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="With --onnx: the weights in 8 bits.")] = False,
+    add_missing_biases: Annotated[
+        bool, typer.Option("--add-missing-biases", help="With --onnx: inputs for biases that the base does not have.")
+    ] = False,
     base: Annotated[
         str | None, typer.Option("--base", help="Folder or Hub repo of the base; by default the one the delta names.")
     ] = None,
@@ -239,28 +249,54 @@ def export(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Write a delta in a form that loads without bitfit_hf.
+    """Write a delta in a form that loads without bitfit_hf, or a base as the ONNX graph of a bank.
 
-    With --stock, as a LoRA adapter that stock peft and transformers load with the same outputs.
+    As a LoRA adapter (--stock) stock peft and transformers load a delta with the same outputs; as an ONNX Runtime
+    adapter (--onnx-adapter) stock onnxruntime does. The graph of a base (--onnx) runs all of its tasks:
+    TaskBank(..., engine="onnxruntime", graph=DIR). Tokenizer files and the card come along.
 
     \b
     Examples:
-      bitfit export user/bert-base-rte-bitfit --stock -o rte-lora
-      bitfit export ./rte --stock --base ./bert -o rte-lora
+      bitfit export user/bert-base-rte-bitfit -o rte-lora
+      bitfit export ./rte --onnx-adapter --base ./bert -o rte-onnx
+      bitfit export bert-base-uncased --onnx --int8 -o bert-graph
     """
-    from ..delta.lora_export import export_stock
-    from .checkpoints import new_folder
+    from . import exporting
+    from .checkpoints import new_folder, preprocessing_folder
+    from .deltas import base_revision as revision_of_base
     from .deltas import load_base, read_delta
 
-    if not stock:
-        raise typer.BadParameter("Say which format: `--stock` is the one there is.")
+    if stock + onnx + onnx_adapter > 1:
+        raise typer.BadParameter("--stock, --onnx and --onnx-adapter are three formats; choose one.")
+    if (int8 or add_missing_biases) and not onnx:
+        raise typer.BadParameter("--int8 and --add-missing-biases go with --onnx.")
     with new_folder(output, force=force) as folder:
-        value, _ = read_delta(delta, delta_revision, token)
-        name = base or value.config.base_model_name_or_path
-        if name is None:
-            raise CheckpointError(f"{delta} does not name its base; pass --base.")
-        export_stock(value, folder, base=load_base(name, value, base_revision, task_type, token))
-    emit({"output": str(output), "base_model": name, "files": sorted(os.listdir(output))}, as_json)
+        if onnx:
+            values = {
+                "model_class": exporting.write_graph(
+                    name,
+                    folder,
+                    int8=int8,
+                    add_missing_biases=add_missing_biases,
+                    revision=base_revision,
+                    token=token,
+                )
+            }
+        else:
+            delta, source = read_delta(name, delta_revision, token)
+            base = base or delta.config.base_model_name_or_path
+            if base is None:
+                raise CheckpointError(f"{name} does not name its base; pass --base.")
+            model = load_base(base, delta, base_revision, task_type, token)
+            revision = revision_of_base(base, delta, base_revision)
+            of_base = preprocessing_folder(base, revision=revision, token=token)
+            if onnx_adapter:
+                exporting.write_adapter(delta, model, folder, Path(name).name)
+            else:
+                exporting.write_stock(delta, model, folder)
+            exporting.copy_companions(source, of_base, folder)
+            values = {"base_model": base}
+    emit({"output": str(output), **values, "files": sorted(os.listdir(output))}, as_json)
 
 
 @app.command(cls=Command)

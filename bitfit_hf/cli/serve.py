@@ -45,6 +45,13 @@ def serve(
         int | None, _option("--max-tasks", panel=TASKS, help="Tasks in memory; others are read when asked for.")
     ] = None,
     base_revision: Annotated[str | None, _option("--base-revision", panel=TASKS, help="Of the base's repo.")] = None,
+    engine: Annotated[
+        str, _option("--engine", panel=TASKS, help="torch, or onnxruntime (extra onnx): a frozen graph on the CPU.")
+    ] = "torch",
+    graph: Annotated[
+        str | None,
+        _option("--graph", panel=TASKS, metavar="DIR", help="For onnxruntime: from `bitfit export BASE --onnx`."),
+    ] = None,
     pooling: Annotated[
         str | None, _option("--pooling", panel=TASKS, help="For /embed: mean or cls. By default the base says.")
     ] = None,
@@ -129,6 +136,8 @@ def serve(
             max_input_chars=max_input_chars,
             max_body_bytes=max_body_bytes,
             auto_truncate=auto_truncate,
+            engine=engine,
+            graph=graph,
             pooling=pooling,
             host=host,
             port=port,

@@ -566,7 +566,9 @@ def test_extract_refuses_other_weights_and_missing_ones(run: Run, files: Files, 
 def test_export_loads_with_stock_peft(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "lora"
     values = run("export", files.delta, "--stock", "--base", files.base, "-o", out, "--json").json
-    assert values["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER]
+    assert values["files"] == sorted(names)
+    assert contents(out)["README.md"] == contents(files.delta)["README.md"]
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
     def load(folder: Path) -> torch.nn.Module:
@@ -576,8 +578,8 @@ def test_export_loads_with_stock_peft(run: Run, files: Files, tmp_path: Path) ->
         return PeftModel.from_pretrained(base, folder)
 
     assert (outputs(load(out)) - outputs(load(files.delta))).abs().max() <= 2e-6
-    # Without --base: the one that the delta names.
-    assert run("export", files.delta, "--stock", "-o", tmp_path / "again").code == 0
+    # Without --stock: it is the format of a delta. Without --base: the one that the delta names.
+    assert run("export", files.delta, "-o", tmp_path / "again").code == 0
     again, first = contents(tmp_path / "again"), contents(out)
     assert again["adapter_model.safetensors"] == first["adapter_model.safetensors"]
 
@@ -738,7 +740,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "extract below a file": (["extract", "{base}", "{base}", "-o", "{base}/config.json/x"], ["cannot be written"]),
     "export below a file": (["export", "{delta}", "--stock", "-o", "{base}/config.json/x"], ["cannot be written"]),
     "output not empty": (["export", "{delta}", "--stock", "-o", "{base}"], ["{base} is not empty"]),
-    "no format": (["export", "{delta}", "-o", "{new}"], ["--stock"]),
+    "two formats": (["export", "{delta}", "--stock", "--onnx", "-o", "{new}"], ["three formats"]),
+    "int8 of a delta": (["export", "{delta}", "--int8", "-o", "{new}"], ["--onnx"]),
+    "a delta for a base": (["export", "{delta}", "--onnx", "-o", "{new}"], ["no config.json"]),
     "export on another base": (["export", "{delta}", "--stock", "--base", "{sibling}", "-o", "{new}"], ["differ"]),
     "no picture": (["plot", "{delta}", "-o", "{new}.txt"], [".png, .svg or .pdf"]),
     "a folder for a picture": (["plot", "{delta}", "-o", "{pictures}"], ["is a folder"]),

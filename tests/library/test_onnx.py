@@ -1,4 +1,4 @@
-"""One frozen ONNX graph for all tasks: every example gets what its own task's torch model gives, and bad folders none."""
+"""One frozen ONNX graph for all tasks: every example gets what its own task's torch model gives."""
 
 from __future__ import annotations
 

@@ -17,21 +17,25 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 from ...errors import OnnxExportError
 
 
-def prepare(backbone: Any) -> None:
-    """Makes a backbone ready to be traced. It is the exporter's own copy.
+def check_type(model: Any) -> None:
+    """Says early whether a model can be exported.
 
     Raises:
-        [`OnnxExportError`]: It is of a type that cannot be exported.
+        [`OnnxExportError`]: It is of a type that cannot be.
     """
-    model_type = backbone.config.model_type
+    model_type = model.config.model_type
     if model_type not in _TYPES:
         raise OnnxExportError(
-            f"{type(backbone).__name__} ({model_type}) cannot be exported to ONNX. These model types can: "
+            f"{type(model).__name__} ({model_type}) cannot be exported to ONNX. These model types can: "
             f"{', '.join(sorted(_TYPES))}. `TaskBank(base, tokenizer)` serves this one with torch."
         )
+
+
+def prepare(backbone: Any) -> None:
+    """Makes a backbone ready to be traced with a bias for each example. It is the exporter's own copy."""
     # The other implementations become more nodes (SDPA guards against rows without any token) and are no faster.
     backbone.set_attn_implementation("eager")
-    _TYPES[model_type](backbone)
+    _TYPES[backbone.config.model_type](backbone)
 
 
 def _nothing(backbone: nn.Module) -> None:

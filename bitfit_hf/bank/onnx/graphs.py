@@ -17,7 +17,7 @@ from ...storage.base_commit import base_commit
 from ...storage.fingerprint import fingerprint
 from ...terms import Bias, find_biases
 from ..base import check_model, shared_copy
-from .architectures import prepare
+from .architectures import check_type, prepare
 from .folder import GraphInfo, sha256
 from .layers import GivenBiases, output_names
 from .quantize import quantize
@@ -76,6 +76,7 @@ def export_onnx(
     """
     model = check_model(base)
     stock: Any = model.base_model
+    check_type(stock)
     biases = _biases(stock, add_missing_biases)
     backbone: Any = shared_copy(stock)
     prepare(backbone)
