@@ -470,7 +470,7 @@ def test_the_guide_has_every_option_with_its_default():
     options = options_of_the_command()
     assert len(options) == 22
     guide = (ROOT / "docs" / "guides" / "serving.md").read_text()
-    rows = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \| ([^|]*) \|", guide, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \|([^|]*)\|", guide, flags=re.MULTILINE))
     assert set(rows) == {option for option in options.values() if option.startswith("--")}
     for option, value in rows.items():
         default = getattr(Settings(base="x"), option[2:].replace("-", "_"), None)
