@@ -15,7 +15,7 @@ import pytest
 import quickstart
 import serve_many_tasks
 import torch
-from benchmarks import serving
+from benchmarks import http_serving, serving
 from common.load import Client, Outcome, arrivals, closed_loop, open_loop
 from peft import get_peft_model
 from serving_tester import served
@@ -157,6 +157,30 @@ def test_the_benchmark_writes_figures_and_a_plot(study_base, tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow  # a server for all tasks, and one for each
+def test_the_http_benchmark_writes_figures_and_a_plot(study_base, tmp_path):
+    out = tmp_path / "results" / "http.json"
+    sizes = "--tasks 2 --requests 40 --rounds 2 --shares 0.5 --clients 8 --systems bitfit merged".split()
+    http_serving.main([*sizes, "--model", study_base, "--output", str(out)])
+    text = out.read_text()
+    assert study_base not in text
+    (group,) = json.loads(text)["groups"]
+    assert group["saturated"].keys() == {"bank", "bitfit", "merged"}
+    assert group["saturated"]["bitfit"]["bitfit_is_faster_by"]["median"] == 1
+    assert all(row["throughput"] > 0 for row in group["saturated"].values())
+    assert {row["system"] for row in group["open_loop"]} == {"bitfit", "merged"}
+    assert all(row["statuses"] == {"200": 40} for row in group["open_loop"])
+    assert all(0 < row["p50"] <= row["p99"] for row in group["open_loop"])
+    assert group["memory"]["merged"] > group["memory"]["bitfit"] > 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_http_benchmark_wants_bitfit_among_its_systems():
+    for systems in (["merged"], ["bitfit", "apache"]):
+        with pytest.raises(SystemExit, match="--systems are bitfit and"):
+            http_serving.main(["--systems", *systems])
+
+
 def test_every_system_of_the_benchmark_answers_for_its_tasks(study_base):
     """What is timed does what it says: each example is computed with its own task."""
     systems = serving.Systems(study_base, 4)
@@ -181,7 +205,7 @@ def test_every_system_of_the_benchmark_answers_for_its_tasks(study_base):
         assert sorted(seen) == sorted(len(where) for where in rows.values())
 
 
-@pytest.mark.parametrize("module", [serve_many_tasks, serving], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [serve_many_tasks, serving, http_serving], ids=lambda module: module.__name__)
 def test_the_commands_in_the_headers_parse(module):
     pattern = rf"^    python recipes/{module.__name__.replace('.', '/')}\.py([^#\n]*)(?:#.*)?$"
     commands = re.findall(pattern, module.__doc__, flags=re.MULTILINE)
