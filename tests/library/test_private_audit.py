@@ -148,11 +148,7 @@ def without_canary(tmp_path_factory) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_the_audit_of_a_trainer_finds_less_than_is_claimed(without_canary, tmp_path):
-    present = released(tmp_path, canary=True)
-    assert lower_bound(present, without_canary) <= claimed(LOUD, SHARE / COUNT)
-    # What the canary adds on average is its clip, as often as it is drawn, divided by the expected batch.
-    error = float(present.std()) * math.sqrt(2 / UPDATES)
-    assert float(present.mean() - without_canary.mean()) == pytest.approx(0.1 / COUNT, abs=4 * error)
+    assert lower_bound(released(tmp_path, canary=True), without_canary) <= claimed(LOUD, SHARE / COUNT)
 
 
 @pytest.mark.slow
@@ -163,4 +159,8 @@ def test_the_audit_of_a_trainer_finds_less_than_is_claimed(without_canary, tmp_p
 )
 def test_the_audit_of_a_trainer_catches_broken_variants(broken, without_canary, tmp_path):
     absent = without_canary if "noise" not in broken else released(tmp_path / "absent", canary=False, **broken)
-    assert lower_bound(released(tmp_path / "present", canary=True, **broken), absent) > claimed(LOUD, SHARE / COUNT)
+    present = released(tmp_path / "present", canary=True, **broken)
+    assert lower_bound(present, absent) > claimed(LOUD, SHARE / COUNT)
+    if "noise" in broken:  # the rest is in order: what the canary adds is its clip, as often as it is drawn
+        assert float(present.max()) == pytest.approx(0.1 / SHARE, rel=0.02)
+        assert float((present > 0.05 / SHARE).float().mean()) == pytest.approx(SHARE / COUNT, abs=0.025)
