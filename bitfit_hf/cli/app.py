@@ -10,6 +10,7 @@ import typer
 
 from ..errors import CheckpointError, OutputError
 from .console import Command, CommandLine, OnMismatch, emit
+from .options import Json, Quiet, Token
 
 app = typer.Typer(
     name="bitfit",
@@ -23,9 +24,7 @@ app = typer.Typer(
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the model or delta that is in the output folder.")]
-Token = Annotated[str | None, typer.Option("--token", help="For private and gated repos; by default the saved one.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")]
 Delta = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub repo of a delta.")]
 DeltaRevision = Annotated[
@@ -144,6 +143,7 @@ def merge(
     ] = OnMismatch.RAISE,
     force: Force = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write base and delta together as a stock checkpoint.
@@ -173,7 +173,7 @@ def merge(
         of_delta = preprocessing_folder(delta, revision=source.name, token=token)
         copy_preprocessing([of_delta, of_base], folder)
     values = {"output": str(output), "model_class": type(merged).__name__, "dtype": str(merged.dtype)[6:]}
-    emit({**values, "files": sorted(os.listdir(output))}, as_json)
+    emit({**values, "files": sorted(os.listdir(output))}, as_json, brief=str(output) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -188,6 +188,7 @@ def extract(
     ] = None,
     force: Force = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Make a delta of a checkpoint that other code has tuned.
@@ -202,12 +203,14 @@ def extract(
     """
     from ..delta.value import BiasDelta
     from .checkpoints import check_output, is_local, load_model, model_class, read_model_config
+    from .deltas import tell_if_nothing_changed
 
     output = check_output(output, force=force)
     cls = model_class(read_model_config(tuned, revision=tuned_revision, token=token), tuned)
     before = load_model(base, cls, revision=base_revision, token=token, complete=True)
     after = load_model(tuned, cls, revision=tuned_revision, token=token, complete=True)
     value = BiasDelta.from_models(before, after)
+    tell_if_nothing_changed(value, before, base, tuned)
     local = os.path.abspath(base) if is_local(base) else base
     if base_model not in (None, base):
         value.config.revision = None  # a commit of BASE
@@ -221,7 +224,7 @@ def extract(
         "head": value.num_parameters(head=True) - value.num_parameters(),
         "largest_error": value.extraction_error,
     }
-    emit(values, as_json)
+    emit(values, as_json, brief=str(output) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -314,6 +317,7 @@ def push(
         bool, typer.Option("--stock", help="Add stock/, which loads without bitfit_hf. Loads the base.")
     ] = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Push a delta and its model card to the Hub.
@@ -347,7 +351,7 @@ def push(
         "url": commit.commit_url,
         "pull_request": commit.pr_url,
     }
-    emit(values, as_json)
+    emit(values, as_json, brief=(commit.pr_url or commit.commit_url) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -357,6 +361,7 @@ def plot(
     title: Annotated[str | None, typer.Option("--title", help="Written above the picture.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the repo.")] = None,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Draw how far each bias has moved (the paper's Figure 1).
@@ -379,4 +384,4 @@ def plot(
     rows = bias_change(read_delta(delta, revision, token)[0])
     plot_bias_change(rows, output, title=title)
     drawn = {"unit": UNIT, "rows": [vars(row) for row in rows]} if as_json else {}
-    emit({"output": str(output), **drawn}, as_json)
+    emit({"output": str(output), **drawn}, as_json, brief=str(output) if quiet else None)

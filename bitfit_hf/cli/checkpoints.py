@@ -187,6 +187,10 @@ def check_output(folder: Path, *, force: bool) -> Path:
     folder = Path(os.path.abspath(folder.expanduser()))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; pass the folder to write to.")
+    above = next((path for path in folder.parents if path.exists()), folder)
+    if above != folder and not (above.is_dir() and os.access(above, os.W_OK)):
+        why = "may not be written to" if above.is_dir() else "is a file"
+        raise OutputError(f"{folder} cannot be written: {above} {why}.")
     entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if entries and not force:
         raise OutputError(f"{folder} is not empty; pass another folder, or --force to replace the model in it.")

@@ -32,6 +32,7 @@ from bitfit_hf import BiasDelta, BitFitConfig, DeltaNotFoundError, bias_change, 
 from bitfit_hf.analysis import term_counts
 from bitfit_hf.cli import app, checkpoints
 from bitfit_hf.terms import find_biases
+from bitfit_hf.training_run import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["train", "eval", "inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
@@ -270,6 +271,28 @@ def test_names_from_files_are_neither_markup_nor_commands_to_the_terminal(run: R
     result = run("inspect", files.delta)
     result.assert_mistake("LORA")
     assert "\x1b" not in result.err
+
+
+def test_inspect_shows_the_metrics_of_the_training(run: Run, files: Files) -> None:
+    """They are in the delta's configuration, also where the card cannot have them since no data set is known."""
+    delta = BiasDelta.from_pretrained(files.delta)
+    delta.config.run = TrainingRun(metrics={"accuracy": 0.75, "loss": 0.5, "runtime": 3.0})
+    delta.save_pretrained(files.delta)
+    assert run("inspect", files.delta, "--json").json["metrics"] == [
+        {"dataset": None, "split": None, "metric": "accuracy", "value": 0.75},
+        {"dataset": None, "split": None, "metric": "loss", "value": 0.5},
+    ]
+    assert "accuracy" in run("inspect", files.delta).out
+
+
+def test_a_base_that_is_gone(run: Run, files: Files, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    delta = BiasDelta.from_pretrained(files.delta)
+    delta.config.base_model_name_or_path = gone
+    delta.save_pretrained(files.delta)
+    table = tmp_path / "t.csv"
+    table.write_text("text,label\na,no\nb,yes\n")
+    run("eval", files.delta, table).assert_mistake(gone, "no such folder any more", "base_model_name_or_path")
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal_lm", "beit-image", "llama-causal_lm"])
@@ -551,6 +574,20 @@ def test_extract_is_the_way_back_from_merge(run: Run, files: Files, tmp_path: Pa
     assert BiasDelta.from_pretrained(out).config.base_model_name_or_path == "user/bert"
 
 
+def test_extract_says_that_nothing_has_changed(run: Run, files: Files, tmp_path: Path) -> None:
+    """The same checkpoint twice is a slip; a head alone is told."""
+    same = BERT.build()
+    same.save_pretrained(tmp_path / "x")
+    run("extract", tmp_path / "x", tmp_path / "x", "-o", tmp_path / "d").assert_mistake("no delta to extract")
+    assert not (tmp_path / "d").exists()
+    with torch.no_grad():
+        same.classifier.weight += 1
+    same.save_pretrained(tmp_path / "y")
+    result = run("extract", tmp_path / "x", tmp_path / "y", "-o", tmp_path / "d", "-q")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'd'}\n")
+    assert "the delta holds a head alone" in result.err
+
+
 def test_extract_refuses_other_weights_and_missing_ones(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("extract", files.base, files.sibling, "-o", out)
@@ -622,6 +659,15 @@ def test_push_to_a_branch_and_as_a_pull_request(run: Run, files: Files, hub: Any
     assert values["pull_request"].endswith("/alice/rte/discussions/1")
     assert "adapter_config.json" in hub.files("alice/rte", "refs/pr/1")
     assert "adapter_config.json" not in hub.files("alice/rte")
+
+
+def test_push_takes_the_name_of_the_base_from_the_card(run: Run, files: Files, hub: Any, hub_env: Any) -> None:
+    run("push", files.delta, "alice/rte").assert_mistake("--base-model user/name", str(files.base.name))
+    card = ModelCard.load(files.delta / "README.md")
+    card.data.base_model = "google-bert/bert-base-uncased"
+    card.save(files.delta / "README.md")
+    assert run("push", files.delta, "alice/rte", "-q").out.startswith("http")
+    assert BiasDelta.from_pretrained("alice/rte").config.base_model_name_or_path == "google-bert/bert-base-uncased"
 
 
 def test_push_with_stock_loads_the_base(run: Run, files: Files, hub: Any, hub_env: Any) -> None:

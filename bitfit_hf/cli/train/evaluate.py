@@ -63,7 +63,7 @@ class EvalWanted:
     base: str | None = None
     base_revision: str | None = None
     delta_revision: str | None = None
-    on_base_mismatch: str = "raise"
+    on_base_mismatch: Any = "raise"
     predictions: Path | None = None
 
 
@@ -98,8 +98,8 @@ def evaluate(name: str, wanted: EvalWanted, *, token: str | None, quiet: bool) -
     base = wanted.base or delta.config.base_model_name_or_path
     if base is None:
         raise CheckpointError(f"{name} does not name its base; pass --base.")
-    tokenizer = _tokenizer(name, folder, base, base_revision(base, delta, wanted.base_revision), token)
     model = load_base(base, delta, wanted.base_revision, None, token)
+    tokenizer = _tokenizer(name, folder, base, base_revision(base, delta, wanted.base_revision), token)
     with base_mismatch(wanted.on_base_mismatch):
         delta.apply_(model)
     if model.config.pad_token_id is None:

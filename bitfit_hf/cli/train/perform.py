@@ -88,7 +88,7 @@ def perform(
     if output.dry_run:
         return {"dry_run": True, **plan.values()} if is_first() else None
 
-    run = Run(task, base, settings, config, _scratch(folder), narrator, length)
+    run = Run(task, base, settings, config, output.card or {}, _scratch(folder), narrator, length)
     pending: dict[str, Any] = {}
 
     def save(trainer: Trainer, outcome: Outcome) -> None:
@@ -119,7 +119,7 @@ def _publish(run: Run, folder: Path, output: Output, values: dict[str, Any]) -> 
                 os.replace(path, fresh / path.name)
         delta = BiasDelta.from_folder(fresh)
         draw_change(delta, fresh)
-        write_card(fresh, delta=delta, **(output.card or {}))
+        write_card(fresh, delta=delta)  # once more, now that there is a picture
         write_evaluation(fresh, values)
 
 

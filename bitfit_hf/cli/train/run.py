@@ -81,6 +81,7 @@ class Run:
         base ([`Base`]): The base.
         settings ([`Settings`]): How to train.
         config ([`BitFitConfig`]): What to tune.
+        card (`dict[str, Any]`): Facts for the model card.
         scratch (`Path`): A folder for checkpoints, the same in all processes; it is removed by [`Run.clean_up`].
         narrator ([`Narrator`]): Says what is going on.
         max_length (`int`): In tokens.
@@ -90,6 +91,7 @@ class Run:
     base: Base
     settings: Settings
     config: BitFitConfig
+    card: dict[str, Any]
     scratch: Path
     narrator: Narrator
     max_length: int
@@ -133,7 +135,10 @@ class Run:
                 self.scale = Scale(0.0, self.scale.deviation)  # nothing in the head could take up a mean
                 self._encode()
         callback = BitFitCallback(
-            self.config, head_learning_rate=self.settings.head_learning_rate, lr_scale=self.settings.lr_scale
+            self.config,
+            head_learning_rate=self.settings.head_learning_rate,
+            lr_scale=self.settings.lr_scale,
+            card=self.card,
         )
         trainer, keep = self._trainer(model, "bitfit", "BitFit", [callback], best=True)
         outcome = self._train(trainer, keep)
@@ -195,7 +200,6 @@ class Run:
     def _arguments(self, name: str, *, best: bool) -> TrainingArguments:
         rows, settings = len(self.task.train), self.settings
         epoch = math.ceil(rows / settings.batch_size)
-        steps = {"eval_strategy": "steps", "eval_steps": EVALUATE_EVERY} if epoch > EVALUATE_EVERY else {}
         precision = settings.precision or default_precision()
         args = TrainingArguments(
             output_dir=str(self.scratch / name),
@@ -205,8 +209,8 @@ class Run:
             per_device_eval_batch_size=EVAL_BATCH_SIZE,
             lr_scheduler_type="linear",
             warmup_steps=WARMUP,
-            eval_strategy=steps.get("eval_strategy", "epoch"),
-            eval_steps=steps.get("eval_steps"),
+            eval_strategy="steps" if epoch > EVALUATE_EVERY else "epoch",
+            eval_steps=EVALUATE_EVERY if epoch > EVALUATE_EVERY else None,
             logging_strategy="epoch",
             save_strategy="best" if best else "no",
             save_total_limit=1,
