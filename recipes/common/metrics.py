@@ -45,6 +45,8 @@ def constant(prediction: EvalPrediction) -> bool | None:
     predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     if labels.ndim == 2:
         tags = predictions.argmax(-1) if predictions.ndim == 3 else predictions
+        if tags.shape != labels.shape:  # a language model's losses, for example
+            return None
         given = tags[labels != -100]
     elif predictions.ndim == 2:
         given = answers(predictions)

@@ -284,6 +284,7 @@ def test_a_constant_answer_is_noticed():
     tags, labels = np.array([[1, 2], [1, 1]]), np.array([[0, -100], [1, 1]])
     assert constant(EvalPrediction(tags, labels)) is True  # the one that differs stands where there is no word
     assert constant(EvalPrediction(np.eye(3)[tags], np.array([[0, 1], [1, 1]]))) is False
+    assert constant(EvalPrediction(np.ones((2, 3)), labels)) is None
     assert constant(EvalPrediction((classes, classes), (LABELS, LABELS))) is None  # an answer's start and end
 
 
