@@ -33,11 +33,13 @@ class Engine(ABC):
         biases (`Sequence[str]`): Stock names, in the backbone, of those that it computes with.
         inputs (`Sequence[str]`): The arguments of the backbone's forward that it takes.
         tolerance (`float`): How far its answers may be from the base's own, as a share of what random deltas change.
+        coarse (`bool`): Whether it rounds so much that this is a share of the answers themselves instead.
     """
 
     biases: Sequence[str]
     inputs: Sequence[str]
     tolerance: float
+    coarse: bool = False
 
     @abstractmethod
     def run(

@@ -36,7 +36,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from bitfit_hf.bank.onnx.folder import GRAPH_FILE, INFO_FILE, GraphInfo, sha256
-from bitfit_hf.bank.onnx.quantize import quantize
+from bitfit_hf.bank.onnx.quantize import quantized_copy
 from bitfit_hf.storage.fingerprint import fingerprint
 from bitfit_hf.terms import find_biases
 
@@ -201,10 +201,8 @@ def test_memory_is_that_of_the_torch_bank(base, graph, deltas):
 
 
 def test_int8_weights_take_the_same_tasks(base, graph, deltas, bank, tmp_path):
-    folder = shutil.copytree(graph, tmp_path / "graph")
-    files = quantize(folder)
-    info = GraphInfo.read(graph)
-    dataclasses.replace(info, weights="int8", sha256={path.name: sha256(path) for path in files}).write(folder)
+    folder = tmp_path / "graph"
+    quantized_copy(graph, folder)
     small = TaskBank(base, engine="onnxruntime", graph=folder)
     for name in ("sequence-3-0", "sequence-3-1"):
         small.add_task(name, deltas[name])
