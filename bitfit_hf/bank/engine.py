@@ -88,7 +88,7 @@ def run_by_engine(backbone: nn.Module, engine: Engine, sites: Sequence[Site]) ->
     intercept(backbone, run)
 
 
-def run_with_own_pooler(shell: nn.Module, backbone: nn.Module) -> None:
+def run_with_own_pooler(shell: Any, backbone: nn.Module) -> None:
     """Has a backbone whose pooler belongs to the head run the base's backbone, and then its own pooler.
 
     Args:
@@ -114,5 +114,5 @@ def _inputs(engine: Engine, named: Mapping[str, Any]) -> dict[str, torch.Tensor]
             'Leave the rest out, or make the bank with `engine="torch"`, which takes all that the model takes.'
         )
     ids = named["input_ids"]
-    fill = {"attention_mask": torch.ones_like, _NO_MATTER: torch.zeros_like}
+    fill: dict[str, Callable[..., torch.Tensor]] = {"attention_mask": torch.ones_like, _NO_MATTER: torch.zeros_like}
     return {name: named[name] if name in named else fill[name](ids) for name in engine.inputs}

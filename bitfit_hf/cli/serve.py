@@ -143,17 +143,17 @@ def serve(
             drain_seconds=drain_seconds,
         )
         listening = listen(host, port)
-        engine, problems = load_engine(settings)
+        server, problems = load_engine(settings)
     for problem in problems:
         typer.echo(f"bitfit: warning: left out: {printable(problem)}", err=True)
     address, bound = listening.getsockname()[:2]
-    names = [info.name for info in engine.tasks.infos()]
+    names = [info.name for info in server.tasks.infos()]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     listed = f": {', '.join(names[:_SHOWN])}{more}" if names else ""
     shown = f"[{address}]" if ":" in address else address
     line = f"Serving {len(names)} tasks on {Path(base).name} at http://{shown}:{bound}{listed}"
-    serve(engine, listening, ready=lambda: typer.echo(line))
-    typer.echo(f"Ended. {engine.answered} of {engine.accepted} accepted requests were answered.")
+    serve(server, listening, ready=lambda: typer.echo(line))
+    typer.echo(f"Ended. {server.answered} of {server.accepted} accepted requests were answered.")
 
 
 def _named(entry: str) -> tuple[str, str]:

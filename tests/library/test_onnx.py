@@ -37,6 +37,9 @@ pytest.importorskip("onnxscript")
 
 from bitfit_hf.bank.onnx.folder import GRAPH_FILE, INFO_FILE, GraphInfo, sha256
 from bitfit_hf.bank.onnx.quantize import quantized_copy
+from bitfit_hf.bank.onnx.session import OnnxEngine
+from bitfit_hf.serving import Settings
+from bitfit_hf.serving.start import load_bank
 from bitfit_hf.storage.fingerprint import fingerprint
 from bitfit_hf.terms import find_biases
 
@@ -210,6 +213,18 @@ def test_int8_weights_take_the_same_tasks(base, graph, deltas, bank, tmp_path):
     ours, exact = (torch.stack(one(**text(16), tasks=tasks).logits) for one in (small, bank))
     assert 0 < (ours - exact).norm() / exact.norm() < 0.1
     assert "QuantizeLinear" in folder.joinpath(GRAPH_FILE).read_bytes().decode("latin1")
+
+
+def test_the_server_takes_the_engine(base, graph, tmp_path):
+    base.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    bank = load_bank(Settings(base=str(tmp_path), engine="onnxruntime", graph=str(graph)))
+    assert isinstance(bank._base.engine, OnnxEngine)
+    encoded = text(2)
+    with torch.no_grad():
+        expected = base(**encoded).last_hidden_state
+    answers = bank(**encoded, tasks=[None, None])
+    torch.testing.assert_close(torch.stack(answers.last_hidden_state), expected, rtol=0, atol=ATOL)
 
 
 # --- what is written ---
