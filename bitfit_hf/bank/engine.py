@@ -33,11 +33,13 @@ class Engine(ABC):
         biases (`Sequence[str]`): Stock names, in the backbone, of those that it computes with.
         inputs (`Sequence[str]`): The arguments of the backbone's forward that it takes.
         tolerance (`float`): How far its answers may be from the base's own, as a share of what random deltas change.
+        coarse (`bool`): Whether it rounds so much that this is a share of the answers themselves instead.
     """
 
     biases: Sequence[str]
     inputs: Sequence[str]
     tolerance: float
+    coarse: bool = False
 
     @abstractmethod
     def run(
@@ -86,7 +88,7 @@ def run_by_engine(backbone: nn.Module, engine: Engine, sites: Sequence[Site]) ->
     intercept(backbone, run)
 
 
-def run_with_own_pooler(shell: nn.Module, backbone: nn.Module) -> None:
+def run_with_own_pooler(shell: Any, backbone: nn.Module) -> None:
     """Has a backbone whose pooler belongs to the head run the base's backbone, and then its own pooler.
 
     Args:
@@ -112,5 +114,5 @@ def _inputs(engine: Engine, named: Mapping[str, Any]) -> dict[str, torch.Tensor]
             'Leave the rest out, or make the bank with `engine="torch"`, which takes all that the model takes.'
         )
     ids = named["input_ids"]
-    fill = {"attention_mask": torch.ones_like, _NO_MATTER: torch.zeros_like}
+    fill: dict[str, Callable[..., torch.Tensor]] = {"attention_mask": torch.ones_like, _NO_MATTER: torch.zeros_like}
     return {name: named[name] if name in named else fill[name](ids) for name in engine.inputs}

@@ -144,17 +144,17 @@ def serve(
             drain_seconds=drain_seconds,
         )
         listening = listen(host, port)
-        served, problems = load_engine(settings)
+        server, problems = load_engine(settings)
     for problem in problems:
         typer.echo(f"bitfit: warning: left out: {printable(problem)}", err=True)
     address, bound = listening.getsockname()[:2]
-    names = [info.name for info in served.tasks.infos()]
+    names = [info.name for info in server.tasks.infos()]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     listed = f": {', '.join(names[:_SHOWN])}{more}" if names else ""
     shown = f"[{address}]" if ":" in address else address
     line = f"Serving {len(names)} tasks on {Path(base).name} at http://{shown}:{bound}{listed}"
-    serve(served, listening, ready=lambda: typer.echo(line))
-    typer.echo(f"Ended. {served.answered} of {served.accepted} accepted requests were answered.")
+    serve(server, listening, ready=lambda: typer.echo(line))
+    typer.echo(f"Ended. {server.answered} of {server.accepted} accepted requests were answered.")
 
 
 def _named(entry: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from transformers.utils import logging
 
 from benchmarks.serving import memory, random_delta
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, export_onnx
-from bitfit_hf.bank.onnx.quantize import quantize
+from bitfit_hf.bank.onnx.quantize import quantize, quantized_copy
 from bitfit_hf.bank.onnx.tracing import trace
 
 ENGINES = ("torch", "onnxruntime", "int8")
@@ -90,13 +91,12 @@ class Systems:
         self.base = load(name, num_labels=2, attn_implementation="sdpa").eval()
         self.template = BiasDelta.from_model(get_peft_model(load(name, num_labels=2), BitFitConfig()))
         backbone = AutoModel.from_pretrained(name)
-        graphs = {"onnxruntime": folder / "float32", "int8": folder / "int8"}
+        export_onnx(backbone, folder / "onnxruntime")
+        quantized_copy(folder / "onnxruntime", folder / "int8")
         self.banks = {"torch": TaskBank(backbone)}
-        self._plain: dict[str, Any] = {}
-        for engine, graph in graphs.items():
-            export_onnx(backbone, graph, int8=engine == "int8")
-            self.banks[engine] = TaskBank(backbone, engine="onnxruntime", graph=graph)
-            self._plain[engine] = _plain_session(name, folder / f"plain-{engine}", int8=engine == "int8")
+        for engine in ENGINES[1:]:
+            self.banks[engine] = TaskBank(backbone, engine="onnxruntime", graph=folder / engine)
+        self._plain = _plain_sessions(name, folder / "plain")
 
     def grow(self, count: int) -> None:
         """Adds tasks up to `count`."""
@@ -118,21 +118,24 @@ class Systems:
         return found
 
 
-def _plain_session(name: str, folder: Path, *, int8: bool) -> onnxruntime.InferenceSession:
-    """The plain base as ONNX Runtime runs it: biases are constants, so the runtime may fuse them."""
+def _plain_sessions(name: str, folder: Path) -> dict[str, Any]:
+    """The plain base as ONNX Runtime runs it, by engine: biases are constants, so the runtime may fuse them."""
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2, attn_implementation="eager").eval()
     ids = torch.randint(1000, 20000, (3, 7))
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     folder.mkdir(parents=True)
     inputs = ["input_ids", "attention_mask"]
     trace(_Classifier(model), (ids, torch.ones_like(ids)), (shape, shape), inputs, ["logits"], folder)
-    if int8:
-        quantize(folder)
+    shutil.copytree(folder, folder.parent / "plain-int8")
+    quantize(folder.parent / "plain-int8")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # as the bank's, so that neither disturbs
-    return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return {
+        engine: onnxruntime.InferenceSession(place / "model.onnx", options, providers=["CPUExecutionProvider"])
+        for engine, place in (("onnxruntime", folder), ("int8", folder.parent / "plain-int8"))
+    }
 
 
 # --- measuring ---
@@ -228,7 +231,7 @@ def sst2(arguments: Arguments, folder: Path) -> dict[str, Any]:
     for engine in ENGINES:
         where: dict[str, Any] = {} if engine == "torch" else {"engine": "onnxruntime"}
         if where:
-            where["graph"] = folder / ("int8" if engine == "int8" else "float32")
+            where["graph"] = folder / engine
         bank = TaskBank(backbone, tokenizer, **where)
         bank.add_task("sst2", delta)
         predicted = bank.predict(sentences, "sst2")

@@ -36,7 +36,10 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from bitfit_hf.bank.onnx.folder import GRAPH_FILE, INFO_FILE, GraphInfo, sha256
-from bitfit_hf.bank.onnx.quantize import quantize
+from bitfit_hf.bank.onnx.quantize import quantized_copy
+from bitfit_hf.bank.onnx.session import OnnxEngine
+from bitfit_hf.serving import Settings
+from bitfit_hf.serving.start import load_bank
 from bitfit_hf.storage.fingerprint import fingerprint
 from bitfit_hf.terms import find_biases
 
@@ -201,10 +204,8 @@ def test_memory_is_that_of_the_torch_bank(base, graph, deltas):
 
 
 def test_int8_weights_take_the_same_tasks(base, graph, deltas, bank, tmp_path):
-    folder = shutil.copytree(graph, tmp_path / "graph")
-    files = quantize(folder)
-    info = GraphInfo.read(graph)
-    dataclasses.replace(info, weights="int8", sha256={path.name: sha256(path) for path in files}).write(folder)
+    folder = tmp_path / "graph"
+    quantized_copy(graph, folder)
     small = TaskBank(base, engine="onnxruntime", graph=folder)
     for name in ("sequence-3-0", "sequence-3-1"):
         small.add_task(name, deltas[name])
@@ -212,6 +213,18 @@ def test_int8_weights_take_the_same_tasks(base, graph, deltas, bank, tmp_path):
     ours, exact = (torch.stack(one(**text(16), tasks=tasks).logits) for one in (small, bank))
     assert 0 < (ours - exact).norm() / exact.norm() < 0.1
     assert "QuantizeLinear" in folder.joinpath(GRAPH_FILE).read_bytes().decode("latin1")
+
+
+def test_the_server_takes_the_engine(base, graph, tmp_path):
+    base.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    bank = load_bank(Settings(base=str(tmp_path), engine="onnxruntime", graph=str(graph)))
+    assert isinstance(bank._base.engine, OnnxEngine)
+    encoded = text(2)
+    with torch.no_grad():
+        expected = base(**encoded).last_hidden_state
+    answers = bank(**encoded, tasks=[None, None])
+    torch.testing.assert_close(torch.stack(answers.last_hidden_state), expected, rtol=0, atol=ATOL)
 
 
 # --- what is written ---

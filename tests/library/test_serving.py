@@ -412,6 +412,8 @@ def test_nothing_of_a_stranger_is_read(world):
         {"max_tasks": -1},
         {"max_wait_ms": -1},
         {"pooling": "max"},
+        {"engine": "onnx"},
+        {"graph": "somewhere"},
         {"tasks": {"a/b": "x"}},
         {"api_key": " "},
         {"api_key": "é"},

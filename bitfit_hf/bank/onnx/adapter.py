@@ -43,7 +43,7 @@ def export_onnx_adapter(
     folder: str | os.PathLike[str],
     *,
     name: str = "task",
-    on_base_mismatch: OnMismatch | None = None,
+    on_base_mismatch: OnMismatch = "raise",
 ) -> None:
     r"""
     Writes one task as an ONNX Runtime adapter, with the graph that it belongs to.
@@ -67,7 +67,7 @@ def export_onnx_adapter(
         delta ([`BiasDelta`]): The task.
         folder (`str` or `os.PathLike`): Where to; made if it does not exist.
         name (`str`, *optional*, defaults to `"task"`): Of the adapter's file.
-        on_base_mismatch (`str`, *optional*): See [`~BiasDelta.apply_`].
+        on_base_mismatch (`str`, *optional*, defaults to `"raise"`): See [`~BiasDelta.apply_`].
 
     Raises:
         [`OnnxExportError`]: The model cannot be exported.

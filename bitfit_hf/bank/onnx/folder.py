@@ -163,15 +163,15 @@ def _problems(values: dict[str, Any]) -> list[str]:
     need("model_class", isinstance(values.get("model_class"), str), "a name")
     need("weights", values.get("weights") in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
     for name, required in (("inputs", "input_ids"), ("outputs", "last_hidden_state")):
-        given = values.get(name)
+        given: Any = values.get(name)
         need(name, _names(given) and required in given, f"a list of names with {required}")
-    biases = values.get("biases")
+    biases: Any = values.get("biases")
     need("biases", isinstance(biases, list) and bool(biases) and all(map(_bias, biases)), "a list of [name, width]")
     if not problems and len({name for name, _ in biases} | {*values["inputs"], "rows"}) != (
         len(biases) + len(values["inputs"]) + 1
     ):
         problems.append("`biases` and `inputs` name something twice")
-    files = values.get("sha256")
+    files: Any = values.get("sha256")
     sound = isinstance(files, dict) and GRAPH_FILE in files and files.keys() <= {GRAPH_FILE, DATA_FILE}
     need("sha256", sound and all(isinstance(digest, str) for digest in files.values()), "the digest of each file")
     for name in ("base_model_name_or_path", "base_revision"):

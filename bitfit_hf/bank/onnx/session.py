@@ -20,7 +20,8 @@ from .folder import GRAPH_FILE, GraphInfo
 from .graphs import export_onnx
 from .packages import package
 
-# As a share of what random deltas change; see `Engine.tolerance`. What a graph of another base would have is above 1.
+# Of what random deltas change, or with int8 of the answers themselves, see `Engine.tolerance`: far above rounding, and
+# for float32 far below what one bias in the place of another makes.
 _TOLERANCE = {"float32": 1e-3, "int8": 0.5}
 
 
@@ -57,6 +58,7 @@ class OnnxEngine(Engine):
         self.biases = [name for name, _ in self.info.biases]
         self.inputs = self.info.inputs
         self.tolerance = _TOLERANCE[self.info.weights]
+        self.coarse = self.info.weights == "int8"
         self._session = _open(runtime, Path(folder) / GRAPH_FILE)
         self._widths = self._check()
         self._values: dict[str, tuple[torch.Tensor, Any]] = {}
@@ -114,8 +116,8 @@ class OnnxEngine(Engine):
         """See [`Engine.mismatch`]."""
         return OnnxGraphError(
             f"The graph in {self._where} does not compute what the base computes: on a trial batch their answers "
-            f"differ by {error:.2g} of what a task changes, and at most {self.tolerance:g} is rounding. Export the "
-            "base again: `bitfit export BASE --onnx -o DIR`."
+            f"differ by {error:.2g} of what {'they are' if self.coarse else 'tasks change'}, and at most "
+            f"{self.tolerance:g} is rounding. Export the base again: `bitfit export BASE --onnx -o DIR`."
         )
 
 
