@@ -18,7 +18,7 @@ from transformers import pipeline
 
 from bitfit_hf import BiasDelta
 from bitfit_hf.errors import ServingError
-from bitfit_hf.serving import Settings
+from bitfit_hf.serving import Settings, create_app
 from bitfit_hf.serving.page import DOCS, PAGE, Page
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -386,6 +386,26 @@ def test_who_may_ask_for_what(world, api_key, admin_token):
                 assert status == (200 if api_key is None or header.startswith("bearer") else 401), header
 
     asyncio.run(main())
+
+
+def test_below_a_prefix_everything_is_as_without_one(world, expected):
+    """As behind a proxy, or under a route prefix of Ray Serve."""
+    engine = make_engine(world, ["sentiment"], api_key=KEY)
+
+    async def main() -> list[httpx.Response]:
+        app = create_app(engine)
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app, root_path="/models")
+            async with httpx.AsyncClient(transport=transport, base_url="http://test/models") as client:
+                answers = [await client.get("/health"), await client.get("/info")]
+                client.headers["Authorization"] = f"Bearer {KEY}"
+                answers.append(await client.post("/predict", json={"inputs": "a b"}))
+                answers.append(await client.get("/tasks/sentiment"))
+                return answers
+
+    health, refused, answer, described = asyncio.run(main())
+    assert [one.status_code for one in (health, refused, answer, described)] == [200, 401, 200, 200]
+    assert close(answer.json(), expected("sentiment", "a b"))
 
 
 def test_nothing_of_a_stranger_is_read(world):
