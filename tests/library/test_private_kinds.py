@@ -289,6 +289,14 @@ def test_training_in_between_is_noticed(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_other_data_needs_another_trainer(tmp_path: Path) -> None:
+    trainer = private(fresh(), tmp_path, max_steps=1)
+    trainer.train()
+    trainer.train_dataset = rows(8)
+    with pytest.raises(PrivacyError, match="has 8 examples, and what was spent is of 16"):
+        trainer.train()
+
+
 def test_who_saves_before_the_end_says_more_than_is_spent(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 

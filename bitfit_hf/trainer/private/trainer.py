@@ -105,6 +105,11 @@ class PrivateTrainer(Trainer):
         """Poisson batches of this process; accelerate is left out, whose loaders know batches of one size only."""
         ledger, args = self.ledger, self.args
         data: Any = self.train_dataset
+        if len(data) != ledger.examples:
+            raise PrivacyError(
+                f"The training data has {len(data)} examples, and what was spent is of {ledger.examples}: another "
+                "sampling rate and another δ. Make a new Trainer, on a model from the base."
+            )
         collate: Any = self.data_collator
         if hasattr(data, "column_names"):
             data = self._remove_unused_columns(data, description="training")
