@@ -6,7 +6,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # More options for a recipe: make quickstart ARGS="--task rte --data_dir path/to/rte"
 ARGS ?=
 
-.PHONY: help quickstart bench test test-slow quality style clean
+.PHONY: help quickstart bench test test-slow quality style docs dist-check clean
 
 help:
 	@echo "make quickstart   train two generated tasks on a real MiniLM, offline (ARGS=... are passed to recipes/quickstart.py)"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-slow    the slow ones"
 	@echo "make quality      ruff check, ruff format --check, mypy"
 	@echo "make style        let ruff fix and format"
+	@echo "make docs         the documentation, with all its code run (ARGS=--no-run writes the pages only)"
+	@echo "make dist-check   build wheel and sdist, check them, install them into empty environments"
 	@echo "make clean        remove the virtual environment and caches"
 
 # One stamp per set of extras: an install is repeated only when what it was made from has changed.
@@ -26,6 +28,16 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e ".[docs]"
+	@touch $@
+
+$(VENV)/.release: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e ".[release]"
 	@touch $@
 
 quickstart: $(VENV)/.demo
@@ -51,5 +63,8 @@ style: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/python docs/build.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,7 +16,7 @@ from .delta.value import BiasDelta
 from .errors import AdapterNameError
 from .storage.bias_layout import decode_layout
 from .terms import SYMBOLS, TERMS, Bias
-from .tuner.layer import span_index
+from .terms.survey import span_index
 
 UNIT = "‖b_0 − b_F‖₁ / dim(b)"
 
@@ -219,8 +219,8 @@ def pieces(tensor: torch.Tensor, biases: Sequence[Bias]) -> list[torch.Tensor]:
     index = span_index(biases)
     whole = tensor.flatten()
     if index is not None:
-        whole = torch.zeros(math.prod(biases[0].shape), dtype=tensor.dtype)
-        whole[index] = tensor.flatten()
+        whole = torch.zeros(math.prod(biases[0].shape), dtype=tensor.dtype, device=tensor.device)
+        whole[index.to(tensor.device)] = tensor.flatten()
     return [torch.cat([whole[start:stop] for start, stop in bias.spans]) for bias in biases]
 
 

@@ -25,6 +25,8 @@ __all__ = [
     "NoBiasesError",
     "NoMatchError",
     "NonFiniteDeltaError",
+    "OnnxExportError",
+    "OnnxGraphError",
     "OptimizerError",
     "PrivacyError",
     "PushError",
@@ -129,6 +131,14 @@ class StockExportError(BitFitError, ValueError):
     """A delta cannot be written as an adapter that stock PEFT loads."""
 
 
+class OnnxExportError(BitFitError, ValueError):
+    """A base or a delta cannot be exported to ONNX."""
+
+
+class OnnxGraphError(BitFitError, ValueError):
+    """A folder with an ONNX graph is damaged, incomplete, or does not compute what its base computes."""
+
+
 class TaskBankError(BitFitError, ValueError):
     """A request to a [`TaskBank`] cannot be answered; the bank is as it was."""
 
@@ -147,6 +157,10 @@ class RecomputationError(BitFitError, RuntimeError):
 
 class CheckpointError(BitFitError, ValueError):
     """A base model or tuned model that was named on the command line cannot be used."""
+
+
+class TableError(BitFitError, ValueError):
+    """A table of labelled texts cannot be trained on or evaluated; the message names the row."""
 
 
 class ServingError(BitFitError, ValueError):

@@ -26,6 +26,7 @@ _COLORS = "Blues"
 _CELL = (0.42, 0.3)  # inches
 _NARROW = 0.24  # width of a cell where there are many layers
 _MANY_LAYERS = 16
+_BESIDE = 1.6  # room for a value beside the last column, in cells
 _LABEL_SIZE, _TICK_SIZE, _VALUE_SIZE = 11, 10, 8
 
 
@@ -41,7 +42,7 @@ def plot_bias_change(
     Draws the paper's Figure 1: a heat map of [`bias_change`], rows = bias terms, columns = layers and their average.
 
     A model with several stacks gets a panel for each, on one scale of colours. Terms outside the layers (embeddings,
-    pooler, LM head) have a single cell in the last column, with its value written in it; the scale is that of the
+    pooler, LM head) have a single cell in the last column, with its value written beside it; the scale is that of the
     layers, so one such value does not wash them out.
 
     Args:
@@ -78,7 +79,7 @@ def plot_bias_change(
     cell = _NARROW if max(layers) > _MANY_LAYERS else _CELL[0]
     heights = [_CELL[1] * max(len(names), 1) for names in lines]
     extra = 0.75  # for the tick labels and the title of a panel
-    width = max(2.6 + cell * (max(layers) + 2), 5.0)
+    width = max(2.6 + cell * (max(layers) + 2 + _BESIDE), 5.0)
     height = max(0.5 + sum(heights) + extra * len(panels), 2.6)  # the colour bar's label is that long
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -136,13 +137,14 @@ def _draw_panel(axis: Axes, panel: BiasChange, lines: list[tuple[str, bool]], la
                 aspect="auto",
                 interpolation="nearest",
             )
-    axis.set_xlim(-0.5, layers + gap + 0.5)
+    axis.set_xlim(-0.5, layers + gap + 0.5 + (_BESIDE if layers and alone else 0.0))
     for row in alone:
+        # Beside the cell: to the left of it, under the last layer, a value would be taken for that layer's.
         axis.text(
-            layers - 0.6 if layers else 0.0,
+            layers + gap + 0.6 if layers else 0.0,
             lines.index((row.term, True)),
             f"{row.value:.2g}",
-            ha="right" if layers else "center",
+            ha="left" if layers else "center",
             va="center",
             fontsize=_VALUE_SIZE + 1,
             color="0.25" if layers or row.value < 0.6 * scale else "white",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, collect
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerState, TrainingArguments
 
 _PACKAGES = ("bitfit-hf", "transformers", "peft", "torch", "accelerate", "datasets", "tokenizers")
 
@@ -43,6 +43,8 @@ class TrainingRun:
     Attributes:
         weights_digest (`str`, *optional*):
             Of the tensors that a file ties these facts to: they speak of those and of no others. Not a fact itself.
+        card (`dict[str, Any]`):
+            What the user has said for the model card. It goes onto the card and into no other file.
     """
 
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.weights_digest: str | None = None
+        self.card: dict[str, Any] = {}
 
     def add_evaluation(self, values: dict[str, Any], dataloader: Any = None) -> None:
         """Takes in the metrics of an evaluation, perhaps of one data set among several.
@@ -81,6 +84,25 @@ class TrainingRun:
             where = ("", None, None)
         self.eval_dataset, self.eval_config, self.eval_split = where
         self.metrics |= found
+
+    def ended(self, state: TrainerState, *, best: bool, private: bool = False) -> None:
+        """Takes in how the run went.
+
+        Args:
+            state ([`~transformers.TrainerState`]): Of the Trainer, when training ends.
+            best (`bool`): Whether the best model is loaded at the end.
+            private (`bool`, *optional*, defaults to `False`):
+                Leaves out the training loss and the time, both of which tell of the training data.
+        """
+        self.steps, self.epochs = state.global_step, state.epoch
+        if best and state.best_model_checkpoint is not None:
+            # The model is the best one again, so the last evaluation is not about it.
+            entries = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]
+            self.metrics |= {name: value for entry in entries for name, value in evaluation_metrics(entry).items()}
+        if private:
+            return
+        last = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+        self.seconds, self.train_loss = last.get("train_runtime"), last.get("train_loss")
 
     @classmethod
     def from_dict(cls, values: Any, *, weights_digest: str | None = None) -> TrainingRun:

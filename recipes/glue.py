@@ -14,7 +14,8 @@ in the paper.
 
 Data is `nyu-mll/glue` from the Hub, or local files `<data_dir>/glue/<task>/<split>.jsonl.gz` in the same columns. The
 best epoch is chosen on the rows that the figures are about, as in the paper: such a figure is a little flattered, more
-so after a search over learning rates. What is saved, and predicted with, is the model of the final epoch.
+so after a search over learning rates. With `--dev_halves` it is chosen on one half of them, and metrics that begin
+with `report_` are of the other. What is saved, and predicted with, is the model of the final epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common.arguments import StudyArguments
-from common.data import GLUE, GLUE_NAME, by_length, load_glue, load_splits, subset
+from common.data import GLUE, GLUE_NAME, by_length, evaluation_parts, load_glue, load_splits, subset
 from common.metrics import answers, glue_metrics
 from common.models import locate, new_model
 from common.record import RunRecord
@@ -100,12 +101,15 @@ def run(args: GlueArguments) -> RunRecord:
 
     metrics = glue_metrics(args.task)
     training_rows = prepare(subset(splits["train"], args.train_size, args.seed))
+    dev = {
+        name.removeprefix("validation_"): subset(splits[name], args.eval_size) for name in spec.splits("validation")
+    }
     data = TaskData(
         name=args.task,
         train=training_rows,
         evaluation={
-            name.removeprefix("validation_"): Split(by_length(prepare(subset(splits[name], args.eval_size))), metrics)
-            for name in spec.splits("validation")
+            name: Split(by_length(prepare(rows)), metrics)
+            for name, rows in evaluation_parts(dev, args.dev_halves).items()
         },
         metric=spec.metric,
         collator=DataCollatorWithPadding(tokenizer),

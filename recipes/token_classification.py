@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.arguments import StudyArguments
-from common.data import by_length, load_splits, subset
+from common.data import by_length, evaluation_parts, load_splits, subset
 from common.metrics import word_accuracy
 from common.models import locate, new_model
 from common.record import RunRecord
@@ -108,9 +108,10 @@ def run(args: TokenClassificationArguments) -> RunRecord:
 
     splits["train"] = subset(splits["train"], args.train_size, args.seed)
     splits["validation"] = subset(splits["validation"], args.eval_size)
+    parts = evaluation_parts({"validation": splits["validation"]}, args.dev_halves)
     inputs: dict[str, Dataset] = {}
     lost: dict[str, int] = {}
-    for split, rows in splits.items():
+    for split, rows in (splits | parts).items():
         inputs[split], lost[split] = on_subwords(rows, tokenizer, names, args.max_length)
     sample = None
     if args.train_metrics:
@@ -119,7 +120,7 @@ def run(args: TokenClassificationArguments) -> RunRecord:
     data = TaskData(
         name=args.tag_column if args.train_file is None else f"column {args.tag_column}",
         train=inputs["train"],
-        evaluation={"validation": Split(by_length(inputs["validation"]), word_accuracy(lost["validation"]))},
+        evaluation={name: Split(by_length(inputs[name]), word_accuracy(lost[name])) for name in parts},
         metric="accuracy",
         collator=DataCollatorForTokenClassification(tokenizer),
         tokenizer=tokenizer,
@@ -128,7 +129,7 @@ def run(args: TokenClassificationArguments) -> RunRecord:
         shrink=lambda logits, labels: logits.argmax(-1),
         notes={
             "tags": len(names),
-            "words": {split: sum(map(len, rows["tags"])) for split, rows in splits.items()},
+            "words": {split: sum(map(len, rows["tags"])) for split, rows in (splits | parts).items()},
             "words_without_token": lost,
         },
     )

@@ -1,8 +1,9 @@
-"""The command line, `bitfit`: inspect, compare, merge, extract, export, push, draw and serve deltas."""
+"""The command line, `bitfit`: train, evaluate, inspect, compare, merge, extract, export, push, draw, serve deltas."""
 
+from . import serve, training
 from .app import app
-from .serve import add_to
 
-add_to(app)
+training.add_to(app)
+serve.add_to(app)
 
 __all__ = ["app"]

@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import CheckpointError, OutputError
-from .console import Command, CommandLine, emit
-
-if TYPE_CHECKING:
-    from ..delta.value import BiasDelta
+from .console import Command, CommandLine, OnMismatch, emit
+from .options import Json, Quiet, Token
 
 app = typer.Typer(
     name="bitfit",
     cls=CommandLine,
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-class OnMismatch(str, Enum):
-    """What to do with a delta that was trained on another checkpoint."""
-
-    RAISE = "raise"
-    WARN = "warn"
-    IGNORE = "ignore"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the model or delta that is in the output folder.")]
-Token = Annotated[str | None, typer.Option("--token", help="For private and gated repos; by default the saved one.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")]
 Delta = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub repo of a delta.")]
 DeltaRevision = Annotated[
@@ -68,12 +54,14 @@ def _version(wanted: bool) -> None:
 def bitfit(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
-    """Inspect, compare, merge, extract, export, push, draw and serve BitFit deltas.
+    """Train the biases of a model on a task; look at, share, serve and convert the result, a delta.
 
-    A DELTA is a folder or a Hub repo; a folder of that name wins. Nothing is looked up on the Hub for a folder.
-    A mistake ends with one line on stderr and exit code 1.
+    A DELTA is a folder or a Hub repo; a folder of that name wins. Nothing is looked up on the Hub for a folder. A
+    mistake ends with one line on stderr, and exit code 2 if it is in the command, else 1.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -88,7 +76,7 @@ def inspect(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a delta holds, or what there is to tune in a base model.
+    """Say what a delta holds, or what a base has to tune.
 
     Of a delta: its bias terms and parameter counts, the base with its revision, labels, the metrics on its card, the
     size of its files, and the largest changes. Of a base model, without its weights: bias parameters by term, the
@@ -103,6 +91,7 @@ def inspect(
     from ..card.metrics import add_card
     from . import reports, tables
     from .checkpoints import build_on_meta, is_base, model_class, read_model_config
+    from .deltas import read_delta
 
     if is_base(name, revision=revision, token=token):
         config = read_model_config(name, revision=revision, token=token)
@@ -110,7 +99,7 @@ def inspect(
         values = reports.inspect_base(build_on_meta(config, cls, name), name)
         emit(values, as_json, tables.base_tables)
     else:
-        delta, folder = _read(name, revision, token)
+        delta, folder = read_delta(name, revision, token)
         add_card(folder, name, token=token)
         emit(reports.inspect_delta(delta, folder, name, largest=largest), as_json, tables.delta_tables)
 
@@ -135,8 +124,9 @@ def diff(
       bitfit diff user/rte user/rte --a-revision v1 --b-revision v2 --json
     """
     from . import reports, tables
+    from .deltas import read_delta
 
-    values = reports.compare(_read(a, a_revision, token)[0], _read(b, b_revision, token)[0])
+    values = reports.compare(read_delta(a, a_revision, token)[0], read_delta(b, b_revision, token)[0])
     emit(values, as_json, tables.diff_tables)
 
 
@@ -153,11 +143,13 @@ def merge(
     ] = OnMismatch.RAISE,
     force: Force = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write base and delta together as a stock checkpoint, which loads without bitfit_hf.
+    """Write base and delta together as a stock checkpoint.
 
-    It has the base's precision, the delta's head and labels, and the tokenizer files of the delta or else the base.
+    It loads without bitfit_hf. It has the base's precision, the delta's head and labels, and the tokenizer files of
+    the delta or else the base.
 
     \b
     Examples:
@@ -168,18 +160,20 @@ def merge(
 
     from ..storage.fingerprint import base_mismatch
     from .checkpoints import copy_preprocessing, new_folder, preprocessing_folder
+    from .deltas import base_revision as revision_of
+    from .deltas import load_base, read_delta
 
     with new_folder(output, force=force) as folder:
-        value, source = _read(delta, delta_revision, token)
-        model = _load_base(base, value, base_revision, task_type, token)
-        of_base = preprocessing_folder(base, revision=_base_revision(base, value, base_revision), token=token)
+        value, source = read_delta(delta, delta_revision, token)
+        model = load_base(base, value, base_revision, task_type, token)
+        of_base = preprocessing_folder(base, revision=revision_of(base, value, base_revision), token=token)
         with base_mismatch(on_base_mismatch.value):
             merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
         merged.save_pretrained(folder)
         of_delta = preprocessing_folder(delta, revision=source.name, token=token)
         copy_preprocessing([of_delta, of_base], folder)
     values = {"output": str(output), "model_class": type(merged).__name__, "dtype": str(merged.dtype)[6:]}
-    emit({**values, "files": sorted(os.listdir(output))}, as_json)
+    emit({**values, "files": sorted(os.listdir(output))}, as_json, brief=str(output) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -194,12 +188,13 @@ def extract(
     ] = None,
     force: Force = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make a delta of a checkpoint whose biases and head were tuned by other code.
+    """Make a delta of a checkpoint that other code has tuned.
 
-    All other weights have to equal the base's. The largest error of `b_0 + δ` is printed; it is at most half a unit in
-    the last place.
+    Its biases and its head are taken; all other weights have to equal the base's. The largest error of `b_0 + δ` is
+    printed; it is at most half a unit in the last place.
 
     \b
     Examples:
@@ -208,12 +203,14 @@ def extract(
     """
     from ..delta.value import BiasDelta
     from .checkpoints import check_output, is_local, load_model, model_class, read_model_config
+    from .deltas import tell_if_nothing_changed
 
     output = check_output(output, force=force)
     cls = model_class(read_model_config(tuned, revision=tuned_revision, token=token), tuned)
     before = load_model(base, cls, revision=base_revision, token=token, complete=True)
     after = load_model(tuned, cls, revision=tuned_revision, token=token, complete=True)
     value = BiasDelta.from_models(before, after)
+    tell_if_nothing_changed(value, before, base, tuned)
     local = os.path.abspath(base) if is_local(base) else base
     if base_model not in (None, base):
         value.config.revision = None  # a commit of BASE
@@ -227,14 +224,24 @@ def extract(
         "head": value.num_parameters(head=True) - value.num_parameters(),
         "largest_error": value.extraction_error,
     }
-    emit(values, as_json)
+    emit(values, as_json, brief=str(output) if quiet else None)
 
 
 @app.command(cls=Command)
 def export(
-    delta: Delta,
+    name: Annotated[
+        str, typer.Argument(metavar="DELTA|BASE", help="Folder or Hub repo of a delta; with --onnx of a base model.")
+    ],
     output: Folder,
-    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the only format).")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the default).")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="A base as one ONNX graph for all of its tasks.")] = False,
+    onnx_adapter: Annotated[
+        bool, typer.Option("--onnx-adapter", help="A task as an ONNX Runtime adapter, with its graph.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="With --onnx: the weights in 8 bits.")] = False,
+    add_missing_biases: Annotated[
+        bool, typer.Option("--add-missing-biases", help="With --onnx: inputs for biases that the base does not have.")
+    ] = False,
     base: Annotated[
         str | None, typer.Option("--base", help="Folder or Hub repo of the base; by default the one the delta names.")
     ] = None,
@@ -245,27 +252,54 @@ def export(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Write a delta in a form that loads without bitfit_hf.
+    """Write a delta in a form that loads without bitfit_hf, or a base as the ONNX graph of a bank.
 
-    With --stock, as a LoRA adapter that stock peft and transformers load with the same outputs.
+    As a LoRA adapter (--stock) stock peft and transformers load a delta with the same outputs; as an ONNX Runtime
+    adapter (--onnx-adapter) stock onnxruntime does. The graph of a base (--onnx) runs all of its tasks:
+    TaskBank(..., engine="onnxruntime", graph=DIR). Tokenizer files and the card come along.
 
     \b
     Examples:
-      bitfit export user/bert-base-rte-bitfit --stock -o rte-lora
-      bitfit export ./rte --stock --base ./bert -o rte-lora
+      bitfit export user/bert-base-rte-bitfit -o rte-lora
+      bitfit export ./rte --onnx-adapter --base ./bert -o rte-onnx
+      bitfit export bert-base-uncased --onnx --int8 -o bert-graph
     """
-    from ..delta.lora_export import export_stock
-    from .checkpoints import new_folder
+    from . import exporting
+    from .checkpoints import new_folder, preprocessing_folder
+    from .deltas import base_revision as revision_of_base
+    from .deltas import load_base, read_delta
 
-    if not stock:
-        raise typer.BadParameter("Say which format: `--stock` is the one there is.")
+    if stock + onnx + onnx_adapter > 1:
+        raise typer.BadParameter("--stock, --onnx and --onnx-adapter are three formats; choose one.")
+    if (int8 or add_missing_biases) and not onnx:
+        raise typer.BadParameter("--int8 and --add-missing-biases go with --onnx.")
     with new_folder(output, force=force) as folder:
-        value, _ = _read(delta, delta_revision, token)
-        name = base or value.config.base_model_name_or_path
-        if name is None:
-            raise CheckpointError(f"{delta} does not name its base; pass --base.")
-        export_stock(value, folder, base=_load_base(name, value, base_revision, task_type, token))
-    emit({"output": str(output), "base_model": name, "files": sorted(os.listdir(output))}, as_json)
+        if onnx:
+            values = {
+                "model_class": exporting.write_graph(
+                    name,
+                    folder,
+                    int8=int8,
+                    add_missing_biases=add_missing_biases,
+                    revision=base_revision,
+                    token=token,
+                )
+            }
+        else:
+            delta, source = read_delta(name, delta_revision, token)
+            base = base or delta.config.base_model_name_or_path
+            if base is None:
+                raise CheckpointError(f"{name} does not name its base; pass --base.")
+            model = load_base(base, delta, base_revision, task_type, token)
+            revision = revision_of_base(base, delta, base_revision)
+            of_base = preprocessing_folder(base, revision=revision, token=token)
+            if onnx_adapter:
+                exporting.write_adapter(delta, model, folder, Path(name).name)
+            else:
+                exporting.write_stock(delta, model, folder)
+            exporting.copy_companions(source, of_base, folder)
+            values = {"base_model": base}
+    emit({"output": str(output), **values, "files": sorted(os.listdir(output))}, as_json)
 
 
 @app.command(cls=Command)
@@ -283,9 +317,12 @@ def push(
         bool, typer.Option("--stock", help="Add stock/, which loads without bitfit_hf. Loads the base.")
     ] = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Push a delta and its model card to the Hub, with the tokenizer files beside it, and nothing else.
+    """Push a delta and its model card to the Hub.
+
+    The tokenizer files and the picture beside it go along, and nothing else.
 
     \b
     Examples:
@@ -314,7 +351,7 @@ def push(
         "url": commit.commit_url,
         "pull_request": commit.pr_url,
     }
-    emit(values, as_json)
+    emit(values, as_json, brief=(commit.pr_url or commit.commit_url) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -324,11 +361,12 @@ def plot(
     title: Annotated[str | None, typer.Option("--title", help="Written above the picture.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the repo.")] = None,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Draw how far each bias has moved, by term and layer: Figure 1 of the paper.
+    """Draw how far each bias has moved (the paper's Figure 1).
 
-    With --json the numbers that are drawn are printed too.
+    By term and layer. With --json the numbers that are drawn are printed too.
 
     \b
     Examples:
@@ -337,36 +375,13 @@ def plot(
     """
     from ..analysis import UNIT, bias_change
     from ..plot import plot_bias_change
+    from .deltas import read_delta
 
     if output.suffix.lower() not in _PICTURES:
         raise OutputError(f"{output} has to end in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}.")
     if output.is_dir():
         raise OutputError(f"{output} is a folder; pass the file to write.")
-    rows = bias_change(_read(delta, revision, token)[0])
+    rows = bias_change(read_delta(delta, revision, token)[0])
     plot_bias_change(rows, output, title=title)
     drawn = {"unit": UNIT, "rows": [vars(row) for row in rows]} if as_json else {}
-    emit({"output": str(output), **drawn}, as_json)
-
-
-def _read(name: str, revision: str | None, token: str | None) -> tuple[BiasDelta, Path]:
-    """A delta, and the local folder of its files."""
-    from ..delta.value import BiasDelta
-    from ..storage.fetch import fetch_delta
-
-    folder = fetch_delta(name, revision=revision, token=token).folder
-    return BiasDelta.from_folder(folder, where=name), folder
-
-
-def _load_base(name: str, delta: BiasDelta, revision: str | None, task_type: str | None, token: str | None) -> Any:
-    """The base model for a delta, of the class that has its head."""
-    from .checkpoints import load_model, model_class, read_model_config
-
-    revision = _base_revision(name, delta, revision)
-    config = read_model_config(name, revision=revision, token=token)
-    cls = model_class(config, name, task_type=task_type, delta=delta.config)
-    return load_model(name, cls, revision=revision, token=token)
-
-
-def _base_revision(name: str, delta: BiasDelta, revision: str | None) -> str | None:
-    pinned = delta.config.revision if name == delta.config.base_model_name_or_path else None
-    return revision or pinned
+    emit({"output": str(output), **drawn}, as_json, brief=str(output) if quiet else None)

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ..bank.onnx.folder import GRAPH_FILE
 from ..config import BitFitConfig
 from ..errors import CheckpointError, OutputError
 from ..hub.contents import TOKENIZER_FILES
@@ -62,7 +63,7 @@ def read_model_config(path_or_repo: str, *, revision: str | None = None, token: 
     local = is_local(path_or_repo)
     if local and not (Path(path_or_repo) / MODEL_CONFIG).is_file():
         raise CheckpointError(f"{path_or_repo} holds no model: there is no config.json in it.")
-    with _reading(path_or_repo):
+    with reading(path_or_repo):
         return AutoConfig.from_pretrained(
             path_or_repo, revision=revision, token=token, local_files_only=local, trust_remote_code=False
         )
@@ -102,7 +103,7 @@ def model_class(
 
 def build_on_meta(config: PretrainedConfig, cls: Any, path_or_repo: str) -> PreTrainedModel:
     """The architecture without weights: nothing is downloaded, and no memory is used."""
-    with _reading(path_or_repo), torch.device("meta"):
+    with reading(path_or_repo), torch.device("meta"):
         return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
@@ -122,7 +123,7 @@ def load_model(
     """
     from ..terms import head_modules, part_of
 
-    with _reading(path_or_repo):
+    with reading(path_or_repo):
         model, report = cls.from_pretrained(
             path_or_repo,
             revision=revision or "main",
@@ -145,7 +146,7 @@ def load_model(
 
 
 @contextmanager
-def _reading(path_or_repo: str) -> Iterator[None]:
+def reading(path_or_repo: str) -> Iterator[None]:
     try:
         yield
     except CheckpointError:
@@ -158,7 +159,7 @@ def preprocessing_folder(path_or_repo: str, *, revision: str | None = None, toke
     """A local folder with the tokenizer files of a model or delta, if it has any."""
     if is_local(path_or_repo):
         return Path(path_or_repo)
-    with _reading(path_or_repo):
+    with reading(path_or_repo):
         return Path(
             snapshot_download(path_or_repo, revision=revision, token=token, allow_patterns=list(TOKENIZER_FILES))
         )
@@ -186,10 +187,14 @@ def check_output(folder: Path, *, force: bool) -> Path:
     folder = Path(os.path.abspath(folder.expanduser()))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; pass the folder to write to.")
+    above = next((path for path in folder.parents if path.exists()), folder)
+    if above != folder and not (above.is_dir() and os.access(above, os.W_OK)):
+        why = "may not be written to" if above.is_dir() else "is a file"
+        raise OutputError(f"{folder} cannot be written: {above} {why}.")
     entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if entries and not force:
         raise OutputError(f"{folder} is not empty; pass another folder, or --force to replace the model in it.")
-    if entries and not entries & {MODEL_CONFIG, CONFIG_FILE}:
+    if entries and not entries & {MODEL_CONFIG, CONFIG_FILE, GRAPH_FILE}:
         raise OutputError(f"{folder} holds something other than a model, which --force does not replace.")
     return folder
 

@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from enum import Enum
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -16,18 +17,39 @@ from typer.core import TyperCommand, TyperGroup
 from ..errors import BitFitError
 from .text import one_line
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 # Releases of typer bring a click of their own or use the installed one; the bases of typer's own error are right in
 # both.
 _UsageError: Any = typer.BadParameter.__base__
 _ClickException: Any = _UsageError.__base__
+_ORDER = ("train", "eval", "inspect", "plot", "diff", "push", "serve", "merge", "extract", "export")
 _CHATTY = ("transformers", "huggingface_hub", "peft", "accelerate")
-_PIPED_WIDTH = 120
 
 
-class Command(TyperCommand):
+class OnMismatch(str, Enum):
+    """What to do with a delta that was trained on another checkpoint."""
+
+    RAISE = "raise"
+    WARN = "warn"
+    IGNORE = "ignore"
+
+
+class GroupedHelp:
+    """Help in sections, as plain text: it is wrapped between words, and no option's name is cut."""
+
+    def format_options(self: Any, ctx: Any, formatter: Any) -> None:
+        """Writes the parameters, by the panel that they name."""
+        sections: dict[str, list[Any]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or usual, []).append(record)
+        for name, records in sorted(sections.items(), key=lambda item: item[0] == "Options"):  # the general ones last
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+class Command(GroupedHelp, TyperCommand):
     """A command during which libraries print nothing of their own."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -37,7 +59,15 @@ class Command(TyperCommand):
 
 
 class CommandLine(TyperGroup):
-    """The commands; a user's mistake ends in one line on stderr and exit code 1, wherever it is noticed."""
+    """
+    The commands. A user's mistake ends in one line on stderr, wherever it is noticed: with exit code 2 one in the
+    command itself, which is told before anything is imported, and with 1 any other.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """From the first that a user needs to the last; those that are not named here come at the end."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         try:
@@ -70,13 +100,15 @@ def _is_users_mistake(error: Exception) -> bool:
 
 def _fail_usage(error: Any) -> NoReturn:
     command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "bitfit"
-    fail(f"{error.format_message().rstrip('.')}. See '{command} --help'.")
+    message = error.format_message()
+    end = "" if message.endswith((".", "?", "!")) else "."
+    fail(f"{message}{end} See '{command} --help'.", code=2)
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with `message` on one line of stderr and exit code 1."""
+def fail(message: str, *, code: int = 1) -> NoReturn:
+    """Ends the program with `message` on one line of stderr."""
     typer.echo(f"bitfit: error: {one_line(message)}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def complete_import() -> None:
@@ -118,7 +150,11 @@ def quiet() -> Iterator[None]:
 
 
 def emit(
-    values: dict[str, Any], as_json: bool, render: Callable[[dict[str, Any]], list[RenderableType]] | None = None
+    values: dict[str, Any],
+    as_json: bool,
+    render: Callable[[dict[str, Any]], list[str]] | None = None,
+    *,
+    brief: str | None = None,
 ) -> None:
     """Prints the result of a command on stdout.
 
@@ -126,15 +162,15 @@ def emit(
         values (`dict[str, Any]`): The result, ready for JSON.
         as_json (`bool`): Prints it as one JSON object.
         render (`Callable`, *optional*): What to print otherwise; by default names and values.
+        brief (`str`, *optional*): The one thing to print under `--quiet`, such as the folder that was written.
     """
     if as_json:
         typer.echo(json.dumps(values, indent=2, allow_nan=False))
         return
-    from rich.console import Console
-
+    if brief is not None:
+        typer.echo(brief)
+        return
     from .tables import result_table
 
-    # Names come from files: they are no markup.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-    for renderable in (render or result_table)(values):
-        console.print(renderable)
+    for text in (render or result_table)(values):
+        typer.echo(text)  # without colours where stdout is no terminal

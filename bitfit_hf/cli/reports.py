@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ..analysis import bias_change, pieces, term_counts
-from ..card.metrics import card_metrics
+from ..card.metrics import known_metrics
 from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..storage.files import CARD_FILE
 from ..terms import SYMBOLS, TERMS, Bias, find_biases, head_modules, part_tensors, select_biases, unknown_vectors
-from ..tuner.plan import num_base_parameters
+from ..terms.base_size import num_base_parameters
 
 # Where a bias is: stack, term, layer.
 Place = tuple[str, str, int | None]
@@ -57,7 +57,7 @@ def inspect_delta(delta: BiasDelta, folder: Path, name: str, *, largest: int) ->
         "num_labels": config.num_labels,
         "labels": None if config.id2label is None else [config.id2label[i] for i in sorted(config.id2label)],
         "problem_type": config.problem_type,
-        "metrics": card_metrics(folder / CARD_FILE),
+        "metrics": known_metrics(config, folder / CARD_FILE),
         "largest_changes": [vars(row) for row in bias_change(delta).largest(largest)],
         "files": sizes,
         "bytes": sum(sizes.values()),

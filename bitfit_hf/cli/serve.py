@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .console import complete_import, quiet
+from .console import GroupedHelp, complete_import, quiet
 from .text import printable
 
 _SHOWN = 8  # tasks in the start line
@@ -45,6 +45,13 @@ def serve(
         int | None, _option("--max-tasks", panel=TASKS, help="Tasks in memory; others are read when asked for.")
     ] = None,
     base_revision: Annotated[str | None, _option("--base-revision", panel=TASKS, help="Of the base's repo.")] = None,
+    engine: Annotated[
+        str, _option("--engine", panel=TASKS, help="torch, or onnxruntime (extra onnx): a frozen graph on the CPU.")
+    ] = "torch",
+    graph: Annotated[
+        str | None,
+        _option("--graph", panel=TASKS, metavar="DIR", help="For onnxruntime: from `bitfit export BASE --onnx`."),
+    ] = None,
     pooling: Annotated[
         str | None, _option("--pooling", panel=TASKS, help="For /embed: mean or cls. By default the base says.")
     ] = None,
@@ -91,11 +98,12 @@ def serve(
         int, _option("--drain-seconds", panel=ADDRESS, min=0, help="For requests under way when told to end.")
     ] = 30,
 ) -> None:
-    """Serve many tasks on one base model over HTTP, in the wire format of Text Embeddings Inference.
+    """Serve many tasks on one base model over HTTP.
 
-    Requests of all tasks are batched together. A task that cannot be loaded is reported and left out. On SIGTERM the
-    server answers what it has accepted, and ends with 0. Every option is an environment variable too,
-    BITFIT_SERVE_MAX_BATCH_TOKENS for --max-batch-tokens; there, several values are separated by spaces.
+    The wire format is that of Text Embeddings Inference. Requests of all tasks are batched together. A task that
+    cannot be loaded is reported and left out. On SIGTERM the server answers what it has accepted, and ends with 0.
+    Every option is an environment variable too, BITFIT_SERVE_MAX_BATCH_TOKENS for --max-batch-tokens; there, several
+    values are separated by spaces.
 
     \b
     Examples:
@@ -128,23 +136,25 @@ def serve(
             max_input_chars=max_input_chars,
             max_body_bytes=max_body_bytes,
             auto_truncate=auto_truncate,
+            engine=engine,
+            graph=graph,
             pooling=pooling,
             host=host,
             port=port,
             drain_seconds=drain_seconds,
         )
         listening = listen(host, port)
-        engine, problems = load_engine(settings)
+        served, problems = load_engine(settings)
     for problem in problems:
         typer.echo(f"bitfit: warning: left out: {printable(problem)}", err=True)
     address, bound = listening.getsockname()[:2]
-    names = [info.name for info in engine.tasks.infos()]
+    names = [info.name for info in served.tasks.infos()]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     listed = f": {', '.join(names[:_SHOWN])}{more}" if names else ""
     shown = f"[{address}]" if ":" in address else address
     line = f"Serving {len(names)} tasks on {Path(base).name} at http://{shown}:{bound}{listed}"
-    serve(engine, listening, ready=lambda: typer.echo(line))
-    typer.echo(f"Ended. {engine.answered} of {engine.accepted} accepted requests were answered.")
+    serve(served, listening, ready=lambda: typer.echo(line))
+    typer.echo(f"Ended. {served.answered} of {served.accepted} accepted requests were answered.")
 
 
 def _named(entry: str) -> tuple[str, str]:
@@ -154,6 +164,10 @@ def _named(entry: str) -> tuple[str, str]:
     return name, source
 
 
+class _Serve(GroupedHelp, TyperCommand):
+    """It is no [`Command`](console.py): a server runs on, and its libraries may speak."""
+
+
 def add_to(app: typer.Typer) -> None:
-    """Makes it a command of `app`. It is no [`Command`](console.py): a server runs on, and its libraries may speak."""
-    app.command(cls=TyperCommand)(serve)
+    """Makes it a command of `app`."""
+    app.command(cls=_Serve)(serve)

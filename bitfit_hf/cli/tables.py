@@ -1,40 +1,51 @@
-"""The results of `bitfit inspect` and `bitfit diff` as tables for a terminal."""
+"""The results of commands as text for a terminal: names with values, and tables."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import RenderableType
-from rich.table import Table
+import typer
+from rich.cells import cell_len
 
-from .text import printable
+from .text import printable, width
 
 _SHOWN = 12  # entries of a long list
 
 
-def facts(rows: Iterable[tuple[str, object]], title: str | None = None) -> Table:
-    """Names and values, without those that are not known."""
-    table = Table(title=title, show_header=False, box=None, title_justify="left", pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        if value not in (None, ""):
-            table.add_row(name, printable(value))
-    return table
+def facts(rows: Iterable[tuple[str, object]], title: str | None = None) -> str:
+    """Names and values, without those that are not known. A value is wrapped between words, a path is never broken."""
+    known = [(name, printable(value)) for name, value in rows if value not in (None, "")]
+    indent = max((len(name) for name, _ in known), default=0) + 2
+    lines = [] if title is None else [typer.style(title, bold=True)]
+    for name, value in known:
+        space = max(width() - indent - 1, 20)
+        first, *others = textwrap.wrap(value, space, break_long_words=False, break_on_hyphens=False) or [""]
+        lines.append(typer.style(name.ljust(indent), bold=True) + first)
+        lines += [" " * indent + line for line in others]
+    return "\n".join(lines)
 
 
-def columns(title: str, names: list[str], rows: Iterable[Iterable[object]], *, left: int = 1) -> Table:
-    """A table whose first `left` columns are text and whose others are numbers; `None` is shown as a dash."""
-    table = Table(title=title, box=None, title_justify="left", title_style="bold", pad_edge=False, header_style="dim")
-    for index, name in enumerate(names):
-        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*("-" if value is None or value == "" else printable(value) for value in row))
-    return table
+def columns(title: str, names: list[str], rows: Iterable[Iterable[object]], *, left: int = 1) -> str:
+    """A table whose first `left` columns are text and whose others are numbers; `None` is shown as a dash.
+
+    A row that is wider than the terminal goes on in its next line, and stays whole where it is copied.
+    """
+    cells = [["-" if value is None or value == "" else printable(value) for value in row] for row in rows]
+    sizes = [max(map(cell_len, column)) for column in zip(names, *cells)]
+
+    def line(values: list[str]) -> str:
+        padded = []
+        for index, (value, size) in enumerate(zip(values, sizes)):
+            space = " " * (size - cell_len(value))
+            padded.append(value + space if index < left else space + value)
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([typer.style(title, bold=True), typer.style(line(names), dim=True), *map(line, cells)])
 
 
-def delta_tables(values: dict[str, Any]) -> list[RenderableType]:
+def delta_tables(values: dict[str, Any]) -> list[str]:
     """The result of `bitfit inspect` on a delta."""
     counts = values["parameters"]
     summary = facts(
@@ -51,11 +62,11 @@ def delta_tables(values: dict[str, Any]) -> list[RenderableType]:
             ("head", ", ".join(f"{name} {shape}" for name, shape in values["head"].items()) or "none"),
             ("labels", _listed(values["labels"] or [])),
             ("problem type", values["problem_type"]),
-            ("files", _listed(f"{name} ({_size(size)})" for name, size in values["files"].items())),
+            ("files", _sizes(values["files"])),
         ],
         title=f"BitFit delta {printable(values['name'])}",
     )
-    tables: list[RenderableType] = [summary, "", _term_table(values)]
+    tables: list[str] = [summary, "", _term_table(values)]
     if values["metrics"]:
         rows = [(m["dataset"], m["split"], m["metric"], _number(m["value"])) for m in values["metrics"]]
         tables += ["", columns("Metrics", ["data set", "split", "metric", "value"], rows, left=3)]
@@ -65,7 +76,7 @@ def delta_tables(values: dict[str, Any]) -> list[RenderableType]:
     return tables
 
 
-def base_tables(values: dict[str, Any]) -> list[RenderableType]:
+def base_tables(values: dict[str, Any]) -> list[str]:
     """The result of `bitfit inspect` on a base model."""
     counts = values["parameters"]
     head = "not known for this class; name it in `modules_to_save`" if values["head"] is None else None
@@ -85,7 +96,7 @@ def base_tables(values: dict[str, Any]) -> list[RenderableType]:
     return [summary, "", _term_table(values)]
 
 
-def result_table(values: dict[str, Any]) -> list[RenderableType]:
+def result_table(values: dict[str, Any]) -> list[str]:
     """The result of a command that writes something."""
     return [
         facts(
@@ -95,7 +106,7 @@ def result_table(values: dict[str, Any]) -> list[RenderableType]:
     ]
 
 
-def diff_tables(values: dict[str, Any]) -> list[RenderableType]:
+def diff_tables(values: dict[str, Any]) -> list[str]:
     """The result of `bitfit diff`."""
     head = values["head"]
     if head["comparable"]:
@@ -113,7 +124,7 @@ def diff_tables(values: dict[str, Any]) -> list[RenderableType]:
     rows = [(_name(r), r["layer"], *_measures(r)) for r in values["rows"]]
     rows.append(("all", None, *_measures(values["total"])))
     names = ["term", "layer", "distance", "cosine", "size"]
-    tables: list[RenderableType] = [summary, "", columns("Distance (mean |δ_A − δ_B|)", names, rows)]
+    tables: list[str] = [summary, "", columns("Distance (mean |δ_A − δ_B|)", names, rows)]
     for label in ("a", "b"):
         alone = [f"{r['tensor']} ({r['term']})" for r in values["only_one"] if r["delta"] == label]
         if alone:
@@ -121,7 +132,7 @@ def diff_tables(values: dict[str, Any]) -> list[RenderableType]:
     return tables
 
 
-def _term_table(values: dict[str, Any]) -> Table:
+def _term_table(values: dict[str, Any]) -> str:
     rows = [(_name(row), f"{row['tensors']:,}", f"{row['parameters']:,}") for row in values["terms"]]
     return columns("Bias terms", ["term", "tensors", "parameters"], rows)
 
@@ -150,8 +161,10 @@ def _number(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _size(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+def _sizes(files: dict[str, int]) -> str:
+    """Files with their sizes, all in one unit."""
+    unit, name = (1e6, "MB") if max(files.values(), default=0) >= 1e7 else (1e3, "kB")
+    return _listed(f"{file} {size / unit:,.1f} {name}" for file, size in files.items())
 
 
 def _listed(items: Iterable[str]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import textwrap
 
 
 def one_line(message: str) -> str:
@@ -15,3 +17,20 @@ def one_line(message: str) -> str:
 def printable(text: object) -> str:
     """`text` without control characters: names come from files, and a terminal obeys what it is sent."""
     return "".join(char if char.isprintable() else "�" for char in str(text))
+
+
+def width() -> int:
+    """Columns of the terminal, or 100 where there is none."""
+    return max(shutil.get_terminal_size((100, 24)).columns, 40)
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """A paragraph that is wrapped between words. A path or a name is never broken, since somebody may copy it.
+
+    Args:
+        text (`str`): On one line.
+        indent (`int`, *optional*, defaults to 0): Of all lines but the first.
+    """
+    return textwrap.fill(
+        text, width() - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )

@@ -22,9 +22,9 @@ from ..storage.fingerprint import OnMismatch, check_base
 from ..terms import Bias
 from ..terms.base_bias import Found, add_deltas, base_bias, forget, found, overwritten, put_back, tells, write_over
 from ..terms.structure import stock_root, walk
+from ..terms.survey import span_index
 from ..terms.token_tensors import check_room
 from ..tuner.added_tokens import AddedTokens, fit_added_tokens
-from ..tuner.layer import span_index
 from ..tuner.layer_kinds import reads_bias
 from ..tuner.places import find_places
 from ..tuner.state import is_bitfit

@@ -19,13 +19,13 @@ from ..storage.fingerprint import fingerprint
 from ..storage.keys import bias_of_key, is_added
 from ..terms import class_head, find_biases, head_modules, part_of, part_tensors, untrained_pooler
 from ..terms.base_bias import add_deltas, base_bias
+from ..terms.base_size import num_base_parameters
 from ..terms.structure import stock_root, walk
+from ..terms.survey import span_index
 from ..terms.tasks import class_record, peft_task_type
 from ..terms.token_tensors import check_rows, vocabulary_size
 from ..tuner.added_tokens import AddedTokens, fit_added_tokens
 from ..tuner.head import Labels
-from ..tuner.layer import span_index
-from ..tuner.plan import num_base_parameters
 from ..tuner.state import delta_parameters, head_tensors, is_bitfit, read_labels
 from ..tuner.token_rows import added_shapes, parameter_of
 from .parts import DeltaParts, grouped

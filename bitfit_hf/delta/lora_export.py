@@ -27,9 +27,9 @@ from ..storage.keys import in_file
 from ..terms import find_biases
 from ..terms.base_bias import add_deltas
 from ..terms.structure import stock_root, walk
+from ..terms.survey import span_index
 from ..terms.tasks import BY_PEFT_NAME
 from ..tuner.added_tokens import base_rows_of
-from ..tuner.layer import span_index
 from ..tuner.places import find_places
 from ..tuner.token_rows import parameter_of
 from .applying import is_applied

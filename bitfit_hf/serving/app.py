@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from . import problems
 from .auth import Auth
+from .direct import Direct, sentence
 from .engine import Engine
 from .info import info_of
 from .limits import Limits
@@ -83,6 +84,8 @@ def create_app(engine: Engine) -> FastAPI:
         docs_url=None,  # FastAPI's own page loads its script from elsewhere
         redoc_url=None,
     )
+    handlers: dict[str, Any] = {}  # filled below
+    app.add_middleware(Direct, handlers=handlers)
     app.add_middleware(Limits, max_body_bytes=settings.max_body_bytes)
     app.add_middleware(Auth, api_key=settings.api_key, admin_token=settings.admin_token)
 
@@ -94,7 +97,7 @@ def create_app(engine: Engine) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return problems.invalid(_sentence(error)).response()
+        return problems.invalid(sentence(error.errors())).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: Exception) -> Response:
@@ -147,6 +150,8 @@ def create_app(engine: Engine) -> FastAPI:
         metrics.embed_count.inc(len(texts))
         work = engine.embed(body.task, texts, truncate=body.truncate, normalize=body.normalize)
         return JSONResponse(await answered(request, "embed", len(texts), work))
+
+    handlers.update({"/predict": (PredictRequest, predict), "/embed": (EmbedRequest, embed)})
 
     @app.get("/tasks", response_model=list[TaskSummary], responses=_errors(401), tags=["Tasks"])
     async def list_tasks() -> Response:
@@ -235,16 +240,3 @@ def _prediction(answer: Any) -> Any:
         rows = [{"score": score, "label": label} for label, score in answer["scores"].items()]
         return sorted(rows, key=lambda row: -row["score"])
     return answer
-
-
-def _sentence(error: RequestValidationError) -> str:
-    """What is wrong with a body, in one sentence, without repeating what was sent."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    kinds: dict[str, str] = {
-        "json_invalid": "The body is not valid JSON.",
-        "missing": f"`{where}` is missing." if where else "There is no body.",
-        "extra_forbidden": f"There is no field `{where:.60}`.",
-        "model_attributes_type": "The body has to be a JSON object.",
-    }
-    return kinds.get(first["type"]) or f"`{where:.60}`: {first['msg']}."

@@ -22,6 +22,7 @@ from .schemas import TaskDescription, Text
 from .settings import Settings
 from .sources import AllowedSources
 from .tasks import ServedTasks
+from .tokenizing import TokenizingThread
 
 Result = TypeVar("Result")
 
@@ -47,7 +48,7 @@ class Engine:
         self.accepted = self.answered = 0
         self._under_way = 0
         self._queue: BatchingQueue | None = None
-        self._tokenizing: ThreadPoolExecutor | None = None
+        self._tokenizing: TokenizingThread | None = None
         self._changing: ThreadPoolExecutor | None = None
         self.metrics.watch(
             queue=lambda: 0 if self._queue is None else len(self._queue),
@@ -60,7 +61,7 @@ class Engine:
     async def start(self) -> None:
         """Begins to answer, in the event loop that is running."""
         settings = self.settings
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="bitfit-tokenizing")
+        self._tokenizing = TokenizingThread()
         self._changing = ThreadPoolExecutor(1, thread_name_prefix="bitfit-tasks")
         self._queue = BatchingQueue(
             self._run,
@@ -77,9 +78,10 @@ class Engine:
         self.running = False
         assert self._queue is not None
         await self._queue.stop()
-        for threads in (self._tokenizing, self._changing):
-            assert threads is not None
-            threads.shutdown()
+        assert self._tokenizing is not None
+        assert self._changing is not None
+        self._tokenizing.close()
+        self._changing.shutdown()
 
     # --- answers ---
 
@@ -181,12 +183,15 @@ class Engine:
             finally:
                 self.metrics.tokenization.observe(time.perf_counter() - start)
 
+        self._queue.coming += len(texts)
         try:
-            jobs = await _in(self._tokenizing, encode)
+            jobs = await self._tokenizing(encode)
         except UnknownTaskError as error:
             raise problems.of_running(error, name) from error
         except TaskBankError as error:
             raise problems.of_encoding(error) from error
+        finally:
+            self._queue.coming -= len(texts)
         try:
             return await self._queue.answers(jobs)
         except Exception as error:
@@ -238,10 +243,13 @@ class Engine:
             [`Problem`]: It cannot be added; all is as it was.
         """
         allowed = self.sources.check(source, revision)
+        return await self._add(name, allowed.place, allowed.revision)
+
+    async def _add(self, name: str, place: str, revision: str | None) -> tuple[TaskDescription, bool]:
         assert self._changing is not None
         new = name not in self.tasks
         try:
-            added = await _in(self._changing, lambda: self.tasks.add(name, allowed.place, revision=allowed.revision))
+            added = await _in(self._changing, lambda: self.tasks.add(name, place, revision=revision))
         except BitFitError as error:
             raise problems.of_adding(error, name) from error
         return added, new

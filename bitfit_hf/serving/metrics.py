@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -44,6 +45,10 @@ class Metrics:
         self.batch_tasks = histogram("bitfit_batch_tasks", "Tasks in a batch.", _COUNTS)
         self._queue_size = Gauge("te_queue_size", "Texts that wait.", registry=self.registry)
         self._tasks = Gauge("bitfit_tasks", "Tasks that are served.", registry=self.registry)
+        start = Gauge(
+            "bitfit_start_time_seconds", "When the server was made, since the epoch.", registry=self.registry
+        )
+        start.set(time.time())
         self._resident = Gauge("bitfit_resident_tasks", "Those of them that are in memory.", registry=self.registry)
 
     def watch(self, *, queue: Callable[[], int], tasks: Callable[[], int], resident: Callable[[], int]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..bank import EncodedText
 
+# Texts that are being tokenized are waited for so many times as long as others.
+_PATIENCE = 4
 # So many of the texts that wait are looked at to find those of like length.
 _LOOKED_AT = 1024
 
@@ -35,8 +37,9 @@ class BatchingQueue:
     Collects texts and runs them in batches, one batch at a time, in one thread.
 
     While a batch runs, texts collect; so under load batches are full, and a text that comes to an idle server waits
-    for others no longer than `max_wait`. The text that has waited longest is always in the next batch, with those of
-    like length that fit into the budget, whichever tasks they are for.
+    for others no longer than `max_wait`, or a few times that for those that are all but here (`coming`). The text that
+    has waited longest is always in the next batch, with those of like length that fit into the budget, whichever tasks
+    they are for.
 
     A text leaves the queue in one of three ways: with its answer, with its error, or because who asked has gone.
 
@@ -63,7 +66,10 @@ class BatchingQueue:
         self._max_tasks = max_batch_tasks
         self._max_wait = max_wait
         self._waiting: dict[int, Job] = {}  # by the time of arrival
+        self.coming = 0  # texts that are being made ready; who does that counts them here
+        self._tokens = 0  # of those that wait
         self._arrived = asyncio.Event()
+        self._hurry = asyncio.Event()  # set when a batch is full, or the queue is closing
         self._closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bitfit-inference")
         self._worker: asyncio.Task[None] | None = None
@@ -79,6 +85,7 @@ class BatchingQueue:
         """Runs what is waiting, and ends."""
         self._closing = True
         self._arrived.set()
+        self._hurry.set()
         if self._worker is not None:
             await self._worker
         self._thread.shutdown()
@@ -89,14 +96,23 @@ class BatchingQueue:
         for job in jobs:
             job.answer = loop.create_future()
             self._waiting[id(job)] = job
+            self._tokens += job.text.length
         self._arrived.set()
+        if self._full():
+            self._hurry.set()
         try:
+            if len(jobs) == 1 and jobs[0].answer is not None:
+                return [await jobs[0].answer]
             return await asyncio.gather(*(job.answer for job in jobs if job.answer is not None))
         finally:
             for job in jobs:
-                self._waiting.pop(id(job), None)
+                self._drop(job)
                 if job.answer is not None:
                     job.answer.cancel()
+
+    def _drop(self, job: Job) -> None:
+        if self._waiting.pop(id(job), None) is not None:
+            self._tokens -= job.text.length
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -125,21 +141,22 @@ class BatchingQueue:
 
     async def _fill(self) -> None:
         """Waits for others until the text that came first has waited long enough, or the batch is full."""
-        while self._waiting and not self._closing:
+        while self._waiting and not self._closing and not self._full():
             first = next(iter(self._waiting.values()))
-            left = first.arrived + self._max_wait - time.perf_counter()
-            if left <= 0 or self._full():
+            wait = self._max_wait * (_PATIENCE if self.coming else 1)
+            left = first.arrived + wait - time.perf_counter()
+            if left <= 0:
                 return
-            self._arrived.clear()
+            self._hurry.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), left)
+                await asyncio.wait_for(self._hurry.wait(), min(left, self._max_wait))
             except asyncio.TimeoutError:
-                return
+                continue
 
     def _full(self) -> bool:
-        if self._max_texts is not None and len(self._waiting) >= self._max_texts:
-            return True
-        return sum(job.text.length for job in self._waiting.values()) >= self._max_tokens
+        return self._tokens >= self._max_tokens or (
+            self._max_texts is not None and len(self._waiting) >= self._max_texts
+        )
 
     def _take(self) -> list[Job]:
         """The next batch."""
@@ -165,5 +182,5 @@ class BatchingQueue:
             batch.append(job)
             tasks |= {name} - {None}
         for job in batch:
-            del self._waiting[id(job)]
+            self._drop(job)
         return batch

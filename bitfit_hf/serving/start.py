@@ -30,18 +30,43 @@ def load_engine(settings: Settings) -> tuple[Engine, list[str]]:
     Raises:
         [`ServingError`]: The base cannot be loaded; or the tasks cannot be, see above.
     """
-    sources = {**(task_folders(settings.tasks_dir) if settings.tasks_dir else {}), **settings.tasks}
-    engine = Engine(
-        load_bank(settings),
-        settings,
-        pooling=cast(Pooling, settings.pooling) or pooling_of(settings.base, settings.base_revision),
-    )
+    sources = first_tasks(settings)
+    engine = Engine(load_bank(settings), settings, pooling=load_pooling(settings))
     problems = add_all(engine.tasks, sources.items())
-    if sources and (not len(engine.tasks) or (problems and settings.strict)):
+    check_loaded(engine, asked=len(sources), problems=problems)
+    return engine, problems
+
+
+def first_tasks(settings: Settings) -> dict[str, str]:
+    """The tasks to start with: their sources by their names.
+
+    Raises:
+        [`ServingError`]: `tasks_dir` is no folder.
+    """
+    return {**(task_folders(settings.tasks_dir) if settings.tasks_dir else {}), **settings.tasks}
+
+
+def check_loaded(engine: Engine, *, asked: int, problems: list[str]) -> None:
+    """Whether a server may start with the tasks that could be loaded.
+
+    Args:
+        engine ([`Engine`]): With these.
+        asked (`int`): How many there should be.
+        problems (`list[str]`): What is wrong with the others.
+
+    Raises:
+        [`ServingError`]: It may not.
+    """
+    settings = engine.settings
+    if asked and (not len(engine.tasks) or (problems and settings.strict)):
         raise ServingError(f"These tasks cannot be loaded:{collect(problems)}")
     if settings.default_task is not None and settings.default_task not in engine.tasks:
         raise ServingError(f"--default-task {settings.default_task!r} is none of the tasks that are served.")
-    return engine, problems
+
+
+def load_pooling(settings: Settings) -> Pooling:
+    """How embeddings are made: as the settings say, or the base."""
+    return cast(Pooling, settings.pooling) or pooling_of(settings.base, settings.base_revision)
 
 
 def load_bank(settings: Settings) -> TaskBank:
@@ -56,8 +81,9 @@ def load_bank(settings: Settings) -> TaskBank:
         "trust_remote_code": False,
     }
     try:
-        model = AutoModel.from_pretrained(settings.base, dtype="auto", **options).eval()
+        dtype = "float32" if settings.engine == "onnxruntime" else "auto"
+        model = AutoModel.from_pretrained(settings.base, dtype=dtype, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(settings.base, **options)
     except Exception as error:  # whatever is wrong with a user's files
         raise ServingError(f"{settings.base} cannot be loaded: {error}") from error
-    return TaskBank(model, tokenizer, max_tasks=settings.max_tasks)
+    return TaskBank(model, tokenizer, max_tasks=settings.max_tasks, engine=settings.engine, graph=settings.graph)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -308,3 +309,19 @@ def _number_layers(places: Iterable[_Place]) -> dict[str, int]:
             numbers[place.block] = counts.get(place.stack, 0)
             counts[place.stack] = numbers[place.block] + 1
     return numbers
+
+
+def span_index(biases: Sequence[Bias]) -> torch.Tensor | None:
+    """Positions, in the flattened vector, that `biases` of one parameter cover; `None` for all of it.
+
+    Args:
+        biases (`Sequence[Bias]`): Terms that live in one vector.
+
+    Returns:
+        `torch.Tensor` of shape `(selected,)`, int64 and ascending, or `None`.
+    """
+    spans = sorted(span for bias in biases for span in bias.spans)
+    size = torch.Size(biases[0].shape).numel()
+    if sum(stop - start for start, stop in spans) == size:
+        return None
+    return torch.cat([torch.arange(start, stop) for start, stop in spans])

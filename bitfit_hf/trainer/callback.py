@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -13,34 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
+from ..card.model_card import check_card_facts
 from ..config import BitFitConfig
 from ..errors import TrainerSetupError
 from ..recompute import recompute_activations
-from ..storage.keys import is_adapters
-from ..terms import SYMBOLS, TERMS, pooler_modules
-from ..terms.structure import stock_root
-from ..terms.token_tensors import check_rows
-from ..training_run import TrainingRun, evaluation_metrics, training_run
-from ..tuner.lifecycle import begin_anew
-from ..tuner.state import is_bitfit
+from ..training_run import TrainingRun, training_run
 from .access import around, trainer_being_made
-from .checkpoints import accept_checkpoints, check_resumable, saved_as_own, write_checkpoint
+from .checkpoints import check_resumable, saved_as_own, write_checkpoint
 from .checks import (
     adapter_configs,
-    check_active,
     check_arguments,
-    check_same_selection,
+    check_set_up,
     computes_with,
-    refuse_best_of_named_adapter,
-    refuse_other_methods,
-    refuse_sentence_model,
-    refuse_sharding_in_place,
     sharding_engine,
 )
 from .failure import FailureWatch
 from .gradient_checkpointing import let_gradients_through
+from .injection import prepare_model
 from .parameter_groups import (
     base_rates,
     check_optimizer,
@@ -48,12 +38,13 @@ from .parameter_groups import (
     made_by_trainer,
     optimizer_groups,
     trainable_deltas,
-    trainable_head,
 )
 from .private.checks import refuse_private_past, require_private_trainer
 from .private.config import PrivacyConfig
-from .push import check_base_name, check_card_place, prepare_push
+from .push import check_card_place, prepare_push
 from .rates import LrScale, describe_scale, term_scale
+from .start import tell_what_is_trained, warn_of_low_rate
+from .term_changes import PREFIX, TermChanges
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +52,6 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
-
-# The paper searched the grid 1e-4, 4e-4, 7e-4, 1e-3. A rate for full fine-tuning leaves the biases where they are.
-LOWEST_SENSIBLE_RATE = 1e-4
 
 
 class BitFitCallback(TrainerCallback):
@@ -74,14 +62,15 @@ class BitFitCallback(TrainerCallback):
     `get_peft_model` has wrapped as it is. The deltas are trained with the Trainer's learning rate and no weight decay.
     Every checkpoint is small, and what the Trainer offers (resuming, the best model at the end, accumulation, mixed
     precision, gradient checkpointing, `torch_compile`, DDP, `model_init`, `hyperparameter_search`) works as for any
-    model. Whichever adapter is active, a Trainer saves and pushes its own.
+    model. Whichever adapter is active, a Trainer saves and pushes its own. How far each term has moved goes to the
+    Trainer's trackers with the loss, as `bias_change/<term>`.
 
     Args:
         config ([`BitFitConfig`], *optional*):
             What to tune; all biases by default. It is copied, so one callback serves many Trainers.
         head_learning_rate (`float`, *optional*):
-            Learning rate of the head; the Trainer's by default. Follows the same schedule from its own base. Read when
-            the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
+            Learning rate of the head; what `lr_scale` says by default. Follows the same schedule from its own base.
+            Read when the optimizer is made, so a search can set the attribute in a `model_init` that takes the trial.
         lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
             Multiples of the Trainer's learning rate by bias term, see [`optimizer_groups`]; `"uniform"` is the paper's
             one rate for all terms.
@@ -92,6 +81,9 @@ class BitFitCallback(TrainerCallback):
             [`~bitfit_hf.recompute_activations`]. In force while `train()` runs.
         privacy ([`PrivacyConfig`], *optional*):
             Trains with differential privacy, in a [`PrivateTrainer`] only.
+        card (`Mapping[str, Any]`, *optional*):
+            Facts for the model card that nobody but you knows: `license`, `language`, `dataset`, `dataset_config`,
+            `eval_split`, and `widget`, a list of examples for the Hub's page.
 
     Raises:
         [`TrainerSetupError`]: The Trainer would train something else; the message says how to set it up.
@@ -124,6 +116,7 @@ class BitFitCallback(TrainerCallback):
         adapter_name: str = "default",
         recompute_activations: bool = False,
         privacy: PrivacyConfig | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         if privacy is not None and not isinstance(privacy, PrivacyConfig):
             raise TrainerSetupError(f"`privacy` must be a PrivacyConfig, got {type(privacy).__name__}.")
@@ -142,6 +135,7 @@ class BitFitCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
         self.privacy = privacy
+        self.card = check_card_facts(card)
         self._warned: list[float] = []
         self._begin()
 
@@ -152,9 +146,10 @@ class BitFitCallback(TrainerCallback):
         self._first_step = False
         self._hooks: list[RemovableHandle] = []
         self._watch = FailureWatch()
+        self._changes: TermChanges | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_prepared", "_saved_to", "_first_step", "_hooks", "_watch")
+        own = ("_prepared", "_saved_to", "_first_step", "_hooks", "_watch", "_changes")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -188,6 +183,7 @@ class BitFitCallback(TrainerCallback):
         around(trainer, "_load_from_checkpoint", self._load_from_checkpoint)
         around(trainer, "save_model", self._save_model)
         around(trainer, "prediction_step", self._prediction_step)
+        around(trainer, "log", self._log)
 
     def _call_model_init(
         self, trainer: Trainer, original: Callable[..., nn.Module], *args: Any, **kwargs: Any
@@ -225,10 +221,26 @@ class BitFitCallback(TrainerCallback):
     def _prediction_step(
         self, trainer: Trainer, original: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if trainer.args.torch_compile or not isinstance(inputs, Mapping):  # a hook would have it compiled again
+        if not isinstance(inputs, Mapping):
             return original(model, inputs, *args, **kwargs)
+        if trainer.args.torch_compile:  # a hook would have it compiled again
+            result = original(model, inputs, *args, **kwargs)
+            self._watch.saw(trainer.model, inputs, result[1])  # type: ignore[arg-type]  # it is being evaluated
+            return result
         with self._watch.watching(trainer.model, inputs):  # type: ignore[arg-type]  # it is being evaluated
             return original(model, inputs, *args, **kwargs)
+
+    def _log(
+        self, trainer: Trainer, original: Callable[..., None], logs: dict[str, float], *args: Any, **kwargs: Any
+    ) -> None:
+        # The event comes too late: the trackers stand before this callback and have written by then.
+        if self._changes is not None and "loss" in logs:
+            logs |= self._changes.figures()
+        original(logs, *args, **kwargs)
+
+    def _prepare(self, model: nn.Module, args: TrainingArguments) -> None:
+        prepare_model(model, args, self.config, self.adapter_name)
+        self._prepared.add(model)
 
     def _groups(self, args: TrainingArguments) -> Callable[[nn.Module], list[dict[str, Any]]]:
         """Makes a model's parameter groups, with the rates that are asked for at present."""
@@ -239,44 +251,6 @@ class BitFitCallback(TrainerCallback):
             lr_scale=self.lr_scale,
             weight_decay=args.weight_decay,
         )
-
-    def _prepare(self, model: nn.Module, args: TrainingArguments) -> None:
-        check_arguments(args)
-        refuse_other_methods(model)
-        refuse_sentence_model(model)
-        refuse_sharding_in_place(model, args)
-        if args.push_to_hub:
-            check_base_name(model, self.adapter_name, self.config)
-        refuse_best_of_named_adapter(model, args, self.adapter_name)
-        if not is_bitfit(model) or self.adapter_name not in adapter_configs(model):
-            self._inject(model, args)
-        else:
-            check_same_selection(model, self.adapter_name, self.config)
-        self._activate(model)
-        accept_checkpoints(model)
-        self._prepared.add(model)
-
-    def _inject(self, model: nn.Module, args: TrainingArguments) -> None:
-        if isinstance(model, PeftModel):
-            model.add_adapter(self.adapter_name, self._fresh_config())
-            return
-        if not isinstance(model, PreTrainedModel):
-            raise TrainerSetupError(
-                f"{type(model).__name__} is no transformers model, so the callback cannot inject adapters in place. "
-                "Wrap it first: `model = get_peft_model(model, BitFitConfig(...))`."
-            )
-        model.add_adapter(self._fresh_config(), self.adapter_name)
-
-    def _fresh_config(self) -> BitFitConfig:
-        config = BitFitConfig() if self.config is None else copy.deepcopy(self.config)
-        begin_anew(config)  # read from a delta's file it would wait for that delta's tensors
-        return config
-
-    def _activate(self, model: nn.Module) -> None:
-        """Makes the adapter the active one, and trainable also if it was loaded for inference."""
-        config = adapter_configs(model)[self.adapter_name]
-        config.inference_mode = False
-        model.set_adapter(self.adapter_name)  # type: ignore[operator]
 
     # --- training ---
 
@@ -293,7 +267,7 @@ class BitFitCallback(TrainerCallback):
         """Checks, before the first step, that the deltas and the head are trained and nothing else."""
         assert model is not None  # the Trainer always passes it
         sharded = sharding_engine(args) is not None
-        self._check_model(model, sharded=sharded)
+        check_set_up(model, self.adapter_name, here=model in self._prepared or sharded)
         if self.privacy is None:
             refuse_private_past(_run_of(model, self.adapter_name), self.adapter_name)
         if optimizer is not None and not sharded:
@@ -305,69 +279,30 @@ class BitFitCallback(TrainerCallback):
                 resumed=state.global_step > 0,
             )
             if state.is_world_process_zero:
-                self._warn_of_low_rate(base_rates(trainable_deltas(model).values(), optimizer))
+                rates = base_rates(trainable_deltas(model).values(), optimizer)
+                warn_of_low_rate(rates, warned=self._warned)
         self._first_step = True
         self._watch.begin(model)
+        self._changes = None if sharded else TermChanges(model, self.adapter_name)
         self._remove_hooks()  # of a run that was broken off
         self._hooks = let_gradients_through(model)
         if self.recompute_activations:
             recompute_activations(model)
-        self._describe(model, state)
+        if state.is_world_process_zero:
+            tell_what_is_trained(model, self.adapter_name)
         run = training_run(
             args,
             train_dataloader,
             head_learning_rate=self.head_learning_rate,
-            lr_scale=describe_scale(self.lr_scale),
+            lr_scale=describe_scale(self.lr_scale, with_head=self.head_learning_rate is None),
         )
+        run.card = dict(self.card)
         adapter_configs(model)[self.adapter_name].run = run
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-    def _check_model(self, model: nn.Module, *, sharded: bool) -> None:
-        if not is_bitfit(model):
-            raise TrainerSetupError(
-                "The Trainer's model has no BitFit adapter. Either the callback was added after the Trainer was made: "
-                "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards: "
-                "make a new Trainer for another model, or give the Trainer a `model_init`."
-            )
-        check_rows(model)
-        if not (model in self._prepared or sharded):
-            raise TrainerSetupError(
-                "The callback did not set up the model that the Trainer trains: the callback was added, or the model "
-                "replaced, after the Trainer was made. Pass both to `Trainer(model, callbacks=[BitFitCallback(...)])`."
-            )
-        check_active(model, self.adapter_name)
-
-    def _warn_of_low_rate(self, rates: set[float]) -> None:
-        low = min(rates, default=LOWEST_SENSIBLE_RATE)
-        if 0 < low < LOWEST_SENSIBLE_RATE and low not in self._warned:
-            self._warned.append(low)
-            logger.warning(
-                "learning_rate=%g is a rate for full fine-tuning, with which biases hardly move. The BitFit paper "
-                "uses 1e-4 to 1e-3, small models want up to 4e-3. Nothing has been changed.",
-                low,
-            )
-
-    def _describe(self, model: nn.Module, state: TrainerState) -> None:
-        config = adapter_configs(model)[self.adapter_name]
-        biases = sum(parameter.numel() for parameter in trainable_deltas(model).values())
-        head = sum(parameter.numel() for group in trainable_head(model) for parameter in group.values())
-        total = sum(p.numel() for name, p in stock_root(model).named_parameters() if not is_adapters(name))
-        terms = "all bias terms" if config.bias_terms == "all" else ", ".join(_symbols(config.bias_terms))
-        pooler = [path for path in pooler_modules(model) if path in (config.modules_to_save or ())]
-        if state.is_world_process_zero:
-            logger.info(
-                "BitFit trains %s bias parameters (%s) and a head of %s%s, of the model's %s: %.3f %%.",
-                f"{biases:,}",
-                terms,
-                f"{head:,}",
-                f" (with the pooler {', '.join(pooler)}, never trained before)" if pooler else "",
-                f"{total:,}",
-                100 * (biases + head) / max(total, 1),
-            )
 
     # --- after a step ---
 
@@ -452,7 +387,9 @@ class BitFitCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Sees whether the loss and the deltas are finite."""
+        """Sees whether the loss and the deltas are finite; keeps what trackers have been told off the console."""
+        for name in [name for name in logs or () if name.startswith(PREFIX)]:
+            del logs[name]  # type: ignore[union-attr]
         if model is not None and logs is not None and "loss" in logs and state.is_world_process_zero:
             self._watch.logged(model, logs)
 
@@ -479,6 +416,7 @@ class BitFitCallback(TrainerCallback):
     ) -> None:
         """Keeps the figures of the run for the model card."""
         self._remove_hooks()
+        self._changes = None
         if model is not None and self.recompute_activations:
             recompute_activations(model, enabled=False)
         if model is not None and state.is_world_process_zero:
@@ -486,19 +424,7 @@ class BitFitCallback(TrainerCallback):
         run = None if model is None else _run_of(model, self.adapter_name)
         if run is None:
             return
-        run.steps, run.epochs = state.global_step, state.epoch
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            # The model is the best one again, so the last evaluation is not about it.
-            best = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]
-            run.metrics |= {name: value for entry in best for name, value in evaluation_metrics(entry).items()}
-        if self.privacy is not None:
-            return  # both tell of the training data
-        last = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
-        run.seconds, run.train_loss = last.get("train_runtime"), last.get("train_loss")
-
-
-def _symbols(terms: Any) -> list[str]:
-    return [SYMBOLS[term] for term in TERMS if term in terms]
+        run.ended(state, best=bool(args.load_best_model_at_end), private=self.privacy is not None)
 
 
 def _run_of(model: nn.Module, adapter_name: str) -> TrainingRun | None:

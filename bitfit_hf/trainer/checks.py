@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from ..config import BitFitConfig
 from ..errors import OptimizerError, TrainerSetupError
 from ..terms.structure import stock_root
+from ..terms.token_tensors import check_rows
 from ..tuner.layer import BitFitLayer
-from ..tuner.state import tuned_layers
+from ..tuner.state import is_bitfit, tuned_layers
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -160,6 +161,32 @@ def check_same_selection(model: nn.Module, adapter_name: str, config: BitFitConf
             f"The model has an adapter {adapter_name!r} already, which tunes something else than the callback's "
             f"config asks for: {listed}. Leave out the config, choose another `adapter_name`, or load a fresh base."
         )
+
+
+def check_set_up(model: nn.Module, adapter_name: str, *, here: bool) -> None:
+    """Checks that the model which is about to be trained is the one that the callback has set up.
+
+    Args:
+        model (`nn.Module`): The Trainer's.
+        adapter_name (`str`): The adapter that is to be trained.
+        here (`bool`): Whether this very model has been set up.
+
+    Raises:
+        [`TrainerSetupError`]: It is another one, or it computes with another adapter.
+    """
+    if not is_bitfit(model):
+        raise TrainerSetupError(
+            "The Trainer's model has no BitFit adapter. Either the callback was added after the Trainer was made: "
+            "pass it in `Trainer(..., callbacks=[BitFitCallback(...)])`. Or the model was swapped afterwards: "
+            "make a new Trainer for another model, or give the Trainer a `model_init`."
+        )
+    check_rows(model)
+    if not here:
+        raise TrainerSetupError(
+            "The callback did not set up the model that the Trainer trains: the callback was added, or the model "
+            "replaced, after the Trainer was made. Pass both to `Trainer(model, callbacks=[BitFitCallback(...)])`."
+        )
+    check_active(model, adapter_name)
 
 
 def check_active(model: nn.Module, adapter_name: str) -> None:

@@ -112,22 +112,34 @@ class FailureWatch:
             inputs (`Mapping[str, Any]`): The batch.
         """
         root: Any = stock_root(model)
-        config = getattr(root, "config", None)
         if not (isinstance(root, PreTrainedModel) and _classifies(root)):
             yield
             return
-        seen = self._seen.setdefault(model, Predictions())
 
         def look(_: nn.Module, __: Any, output: Any) -> None:
             logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-            if isinstance(logits, torch.Tensor) and logits.dim() in (2, 3):
-                seen.add(logits.detach(), inputs.get("labels"), problem_type=getattr(config, "problem_type", None))
+            self.saw(model, inputs, logits)
 
         hook = root.register_forward_hook(look)
         try:
             yield
         finally:
             hook.remove()
+
+    def saw(self, model: nn.Module, inputs: Mapping[str, Any], logits: Any) -> None:
+        """Takes in what `model` has computed for a batch of an evaluation.
+
+        Args:
+            model (`nn.Module`): The Trainer's.
+            inputs (`Mapping[str, Any]`): The batch.
+            logits (`torch.Tensor`, *optional*): What came out; anything but a classifier's logits is left alone.
+        """
+        root: Any = stock_root(model)
+        if not (isinstance(root, PreTrainedModel) and _classifies(root)):
+            return
+        if isinstance(logits, torch.Tensor) and logits.dim() in (2, 3):
+            kind = getattr(getattr(root, "config", None), "problem_type", None)
+            self._seen.setdefault(model, Predictions()).add(logits.detach(), _labels(inputs), problem_type=kind)
 
     def forget(self, model: nn.Module) -> None:
         """What was seen last was no evaluation, but predictions that somebody asked for."""
@@ -190,3 +202,11 @@ def not_finite(model: nn.Module) -> list[str]:
 def _classifies(model: PreTrainedModel) -> bool:
     task = task_of_class(type(model).__name__)
     return task is not None and task.new_head
+
+
+def _labels(inputs: Mapping[str, Any]) -> Any:
+    """The right answers of a batch: `labels`, or the one entry that has "label" in its name, as Trainers find them."""
+    if "labels" in inputs:
+        return inputs["labels"]
+    found = [value for name, value in inputs.items() if "label" in name]
+    return found[0] if len(found) == 1 else None

@@ -16,7 +16,7 @@ from ..storage.keys import bias_of_key, key_of_bias
 from ..terms import TERMS
 from ..tuner.state import delta_parameters, head_leaves, tuned_layers
 from .checks import adapter_configs
-from .rates import LrScale, term_scale
+from .rates import HEAD, LrScale, term_scale
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -41,11 +41,11 @@ def optimizer_groups(
     Args:
         model (`nn.Module`): With a BitFit adapter injected, or a `PeftModel`.
         learning_rate (`float`): For the deltas. The paper searched 1e-4 to 1e-3.
-        head_learning_rate (`float`, *optional*): For the head; `learning_rate` by default.
+        head_learning_rate (`float`, *optional*): For the head; what `lr_scale` says by default.
         lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
             Multiples of `learning_rate` by bias term: `"default"` is [`DEFAULT_SCALE`], which is explained there,
-            `"uniform"` is the paper's one rate for all, a mapping gives terms (or their symbols) a multiple each, and
-            those that it does not name 1.0.
+            `"uniform"` is the paper's one rate for all, a mapping gives terms (or their symbols) and `"head"` a
+            multiple each, and those that it does not name 1.0.
         weight_decay (`float`, *optional*, defaults to 0.0): Of the head's weights.
 
     Returns:
@@ -72,10 +72,11 @@ def optimizer_groups(
             "that was loaded for inference becomes trainable with `is_trainable=True`."
         )
     decayed, plain = trainable_head(model)
-    head_rate = learning_rate if head_learning_rate is None else head_learning_rate
+    scale = term_scale(lr_scale)
+    head_rate = learning_rate * scale[HEAD] if head_learning_rate is None else head_learning_rate
     groups = [
         {"name": name, "params": params, "lr": learning_rate * factor, "weight_decay": 0.0}
-        for name, factor, params in _by_rate(model, deltas, term_scale(lr_scale))
+        for name, factor, params in _by_rate(model, deltas, scale)
     ]
     groups += [
         {"name": "head", "params": list(decayed.values()), "lr": head_rate, "weight_decay": weight_decay},

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +15,9 @@ from ..errors import MergeError, UnsupportedLayerError
 from ..storage.keys import PREFIX
 from ..terms import Bias
 from ..terms.base_bias import add_deltas, base_bias, forget, kept_bias, put_back, write_over
-from .layer_kinds import channel_axis, compute_dtype, features, out_features, reads_bias
-from .mixed import BASE, MixedBatch, pick_rows
+from ..terms.survey import span_index
+from .layer_kinds import compute_dtype, features, out_features, reads_bias
+from .mixed_layer import MixedBatchLayer
 from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .head import BitFitHead
 
 
-class BitFitLayer(nn.Module, BaseTunerLayer):
+class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
     r"""
     Wraps a layer of any kind and lets it compute with `b_0 + Σ δ` over its active adapters.
 
@@ -49,8 +49,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Layer and name of the biases that are the same Parameter as this layer's, which are merged there.
         self._tied: dict[str, tuple[BitFitLayer, str]] = {}
-        self._only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
-        self._mixed: MixedBatch | None = None  # while a mixed batch runs
         self._tape: Any = None  # a `PerExample`, while per-example gradients are taken
         self._own_forward = False  # then: whether it is the layer's own forward that runs
         self._head: tuple[BitFitHead, ...] = ()
@@ -107,11 +105,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             return ()
         active = self._active_adapter
         return (active,) if isinstance(active, str) else active
-
-    @property
-    def in_mixed_batch(self) -> bool:
-        """Whether a batch runs whose examples are of several adapters."""
-        return self._mixed is not None
 
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
         """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
@@ -273,73 +266,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             if adapter_name in deltas and deltas[adapter_name].device.type != "meta":
                 deltas[adapter_name].data = deltas[adapter_name].data.to(target)
 
-    # --- mixed batches: one adapter per example ---
-
-    @contextmanager
-    def using(self, *names: str) -> Iterator[None]:
-        """Computes with the adapters `names` in place of the active ones, for as long as the context lasts."""
-        self._only = tuple(name for name in names if name != BASE)
-        try:
-            yield
-        finally:
-            self._only = None
-
-    def _mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """One forward pass in which example `i` of the batch is computed with adapter `adapter_names[i]`."""
-        if self._disable_adapters:
-            with self.using():
-                return self.base_layer(*args, **kwargs)
-        axis = channel_axis(self.base_layer)
-        if axis is None or self.bias_parameters != ("bias",):
-            return self._mixed_by_row(adapter_names, *args, **kwargs)
-        with self.using():
-            result = self.base_layer(*args, **kwargs)
-        rows = self._delta_rows(adapter_names, result)
-        shape = [1] * result.dim()
-        shape[0], shape[axis] = rows.shape[0], rows.shape[1]
-        return (result + rows.view(shape)).to(result.dtype)
-
-    def _delta_rows(self, adapter_names: Sequence[str], result: torch.Tensor) -> torch.Tensor:
-        """The examples' deltas, `(rows of result, channels)`, float32."""
-        base = self._stored_bias("bias")
-        width = out_features(self.base_layer) if base is None else base.numel()
-        zero = torch.zeros(width, dtype=torch.float32, device=result.device)
-        names = list(dict.fromkeys(adapter_names))
-        table = torch.stack([self._dense_delta(name, zero) for name in names])
-        picked = table[torch.tensor([names.index(name) for name in adapter_names], device=result.device)]
-        # Image patches, choices or windows can be folded into the batch dimension, the example outermost.
-        factor = self._rows_per_example(result.shape[0])
-        return picked if factor == 1 else picked.repeat_interleave(factor, dim=0)
-
-    def _rows_per_example(self, rows: int) -> int:
-        assert self._mixed is not None
-        return self._mixed.rows_per_example(self, rows)
-
-    def _dense_delta(self, name: str, zero: torch.Tensor) -> torch.Tensor:
-        deltas = self._deltas("bias")
-        if name not in deltas:
-            return zero
-        index = self._index("bias", name)
-        return deltas[name] if index is None else zero.index_add(0, index, deltas[name])
-
-    def _mixed_by_row(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """For layers that use their bias inside: runs the batch once per adapter and keeps each example's rows."""
-        if isinstance(self.base_layer, nn.MultiheadAttention) and not self.base_layer.batch_first:
-            raise UnsupportedLayerError(
-                "A MultiheadAttention layer with `batch_first=False` has the sequence where the batch is looked for, "
-                "so `adapter_names` cannot be applied per example. Run one batch per adapter, or use "
-                "`bitfit_hf.TaskBank`."
-            )
-        inside = [layer for layer in self.base_layer.modules() if isinstance(layer, BitFitLayer)]
-        results = {}
-        for name in dict.fromkeys(adapter_names):
-            with ExitStack() as stack:
-                for layer in (self, *inside):
-                    stack.enter_context(layer.using(name))
-                output = self.base_layer(*args, **kwargs)
-                results[name] = self._add_to_output(output) if self._adds_to_output else output
-        return pick_rows(results, adapter_names, self._rows_per_example)
-
     # --- merging ---
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -439,22 +365,6 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
-
-
-def span_index(biases: Sequence[Bias]) -> torch.Tensor | None:
-    """Positions, in the flattened vector, that `biases` of one parameter cover; `None` for all of it.
-
-    Args:
-        biases (`Sequence[Bias]`): Terms that live in one vector.
-
-    Returns:
-        `torch.Tensor` of shape `(selected,)`, int64 and ascending, or `None`.
-    """
-    spans = sorted(span for bias in biases for span in bias.spans)
-    size = torch.Size(biases[0].shape).numel()
-    if sum(stop - start for start, stop in spans) == size:
-        return None
-    return torch.cat([torch.arange(start, stop) for start, stop in spans])
 
 
 def _index_name(parameter: str, adapter_name: str) -> str:

@@ -6,14 +6,85 @@ import copy
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
-from ..errors import MergeError, collect
+from ..errors import AdapterNameError, MergeError, collect
 from ..terms.structure import stock_root, walk
-from .state import tuned_layers
+from ..terms.token_tensors import keep_rows, restore_rows
+from .head import BitFitHead
+from .layer import BitFitLayer
+from .state import forget_configs, take_out, tuned_layers
+from .token_rows import TokenRows
 
 # Names under which configurations say whether their projections have biases.
 _SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias", "bias", "use_qkv_bias")
+
+
+def merge_and_unload(
+    model: nn.Module, *, safe_merge: bool = False, adapter_names: list[str] | None = None
+) -> nn.Module:
+    """Writes the tuned biases and the head into a model for good, and takes every adapter out of it.
+
+    The same for a model that `get_peft_model` has wrapped, where PEFT's method of that name does it, and for one whose
+    adapters are injected in place (by [`BitFitCallback`], `model.add_adapter` or `AutoModelFor….from_pretrained`),
+    which has no such method. What comes back is the stock model, whose `save_pretrained` loads anywhere.
+
+    Args:
+        model (`nn.Module`): With BitFit adapters, wrapped or in place. It is changed.
+        safe_merge (`bool`, *optional*, defaults to `False`): Refuses a result with NaN or Inf.
+        adapter_names (`list[str]`, *optional*): What to merge; the active adapters by default.
+
+    Returns:
+        `nn.Module`: The stock model.
+
+    Raises:
+        [`MergeError`]: There is nothing to merge, the result is not finite, or an added bias has no place in a
+            checkpoint of the model's class; nothing has been changed.
+        [`AdapterNameError`]: There is no adapter of such a name.
+
+    Example:
+
+    ```python
+    trainer.train()
+    merge_and_unload(trainer.model).save_pretrained("merged")
+    ```
+    """
+    root = stock_root(model)
+    known = list(getattr(root, "peft_config", None) or {})
+    if next(tuned_layers(root), None) is None:
+        raise MergeError(
+            f"{type(root).__name__} has no BitFit adapter. A delta in a file is merged by "
+            "`load_delta(base, delta).save_pretrained(folder)`."
+        )
+    unknown = [name for name in adapter_names or () if name not in known]
+    if unknown:
+        raise AdapterNameError(f"There are no adapters {unknown}; the model has {known}.")
+    return unload(root, merge=True, safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+def unload(root: nn.Module, *, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    """Takes every adapter out of a stock model in which they are injected, merged or not; all of it or nothing."""
+    if merge:
+        active: dict[str, None] = {}
+        for _, layer in tuned_layers(root):
+            layer.check_merge(safe_merge, adapter_names)
+            active |= dict.fromkeys(layer.active_adapters)
+        names = list(adapter_names or active)
+        token_rows = [module for module in root.modules() if isinstance(module, TokenRows)]
+        for rows in token_rows:
+            rows.check_merge(safe_merge, names)
+        prepare_merge(root, names)
+        if any(rows.serves(names) for rows in token_rows):
+            keep_rows(root)
+    for name, module in reversed(list(root.named_modules())):
+        if isinstance(module, (BitFitLayer, BitFitHead)):
+            with onload_layer(module):
+                take_out(root, name, module, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
+    restore_rows(root)
+    vars(root).pop("peft_config", None)
+    forget_configs(root)
+    return root
 
 
 def prepare_merge(model: nn.Module, adapter_names: list[str]) -> None:

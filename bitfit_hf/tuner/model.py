@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,19 +18,15 @@ from ..backends.quantized import keep_trainable
 from ..backends.sharded import gathered
 from ..errors import AdapterNameError, DeltaMismatchError, MixedBatchError
 from ..storage.keys import FILE_PREFIX, PREFIX, from_file, in_file, stock_path
-from ..terms import Bias
-from ..terms.structure import HOLDER, stock_module
-from ..terms.token_tensors import check_rows, keep_rows, note_rows, restore_rows, set_rows
-from .added_tokens import AddedTokens
+from ..terms.token_tensors import check_rows, note_rows, set_rows
 from .head import BitFitHead
-from .head_parameter import HeadParameter
+from .injection import wrap_head, wrap_layers, wrap_tokens
 from .layer import BitFitLayer
 from .lifecycle import about_to_save, await_tensors, awaits_tensors, begin_anew, restore_given_base, tensors_loaded
 from .loading import loading_in_progress
-from .merging import prepare_merge
+from .merging import unload
 from .mixed import MixedBatch, check_adapter_names, check_number, sequences_per_example
-from .plan import Plan, make_plan
-from .quantized_layer import BitsAndBytesLayer, is_bitsandbytes
+from .plan import make_plan
 from .state import (
     StrictLoader,
     delta_parameters,
@@ -40,10 +36,8 @@ from .state import (
     load_tensors,
     read_labels,
     remove_adapter,
-    take_out,
     tuned_layers,
 )
-from .token_rows import TokenRows, token_layers
 
 
 class BitFitModel(BaseTuner):
@@ -142,97 +136,19 @@ class BitFitModel(BaseTuner):
         trainable = [] if first else [(p, p.requires_grad) for p in model.parameters()]
 
         device = torch.device("meta") if low_cpu_mem_usage else None
-        self._wrap_layers(model, adapter_name, plan, inference_mode=config.inference_mode, device=device)
+        state: Any = {"active": self.active_adapters, "inference_mode": config.inference_mode}
+        wrap_layers(model, adapter_name, plan, **state, device=device)
+        self.targeted_module_names.extend(p for p in plan.by_module() if p not in self.targeted_module_names)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if first:
             self._mark_only_adapters_as_trainable(model)
         if plan.tokens is not None:
-            self._wrap_tokens(model, adapter_name, plan.tokens, inference_mode=config.inference_mode)
-        self._wrap_head(model, adapter_name, plan, inference_mode=config.inference_mode)
+            wrap_tokens(model, adapter_name, plan.tokens, **state)
+        wrap_head(model, adapter_name, plan, **state)
         for parameter, requires_grad in trainable:
             parameter.requires_grad = requires_grad
         plan.describe(config)
         note_rows(model)
-
-    def _wrap_layers(
-        self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool, device: torch.device | None
-    ) -> None:
-        for path, biases in plan.by_module().items():
-            layer = self._wrapped(model, path, plan.parameters[path], adapter_name)
-            layer.update_layer(adapter_name, biases, inference_mode=inference_mode, device=device)
-            if path not in self.targeted_module_names:
-                self.targeted_module_names.append(path)
-        for bias in plan.biases:
-            for alias in bias.aliases:
-                self._tie(model, alias, bias, adapter_name)
-
-    def _wrapped(self, model: nn.Module, path: str, parameters: Sequence[str], adapter_name: str) -> BitFitLayer:
-        parent, name = _place(model, path)
-        child = parent._modules[name]
-        assert child is not None
-        if isinstance(child, BitFitLayer):
-            return child
-        layer = (BitsAndBytesLayer if is_bitsandbytes(child) else BitFitLayer)(child, parameters)
-        layer.train(child.training)
-        layer._active_adapter = self.active_adapters
-        setattr(parent, name, layer)
-        return layer
-
-    def _tie(self, model: nn.Module, alias: str, bias: Bias, adapter_name: str) -> None:
-        path, _, parameter = alias.rpartition(".")
-        owner = find_layer(model, bias.module)
-        other = self._wrapped(model, path, (parameter,), adapter_name)
-        other.share_delta(adapter_name, parameter, owner, bias.parameter)
-
-    def _wrap_tokens(self, model: nn.Module, adapter_name: str, tokens: AddedTokens, *, inference_mode: bool) -> None:
-        wrapped: dict[str | None, TokenRows] = {}
-        for path, leader in token_layers(tokens):
-            parent_path, _, name = path.rpartition(".")
-            parent = resolve(model, parent_path)
-            layer = parent._modules[name]
-            assert layer is not None
-            new = not isinstance(layer, TokenRows)
-            if isinstance(layer, TokenRows):
-                layer.update(adapter_name, start=tokens.start, count=tokens.count)
-            else:
-                layer = TokenRows(
-                    layer, adapter_name, start=tokens.start, count=tokens.count, leader=wrapped.get(leader)
-                )
-                setattr(parent, name, layer)
-            if new or adapter_name in self.active_adapters:
-                layer.set_adapter(self.active_adapters, inference_mode=inference_mode)
-            wrapped[path] = layer
-
-    def _wrap_head(self, model: nn.Module, adapter_name: str, plan: Plan, *, inference_mode: bool) -> None:
-        active = adapter_name in self.active_adapters
-        for path in plan.head:
-            parent_path, _, name = path.rpartition(".")
-            parent = resolve(model, parent_path)
-            module = parent._modules.get(name)
-            if module is None:  # a parameter
-                name = HOLDER + name
-                module = parent._modules.get(name)
-            size = plan.labels.num_labels if plan.labels is not None and path == plan.logits else None
-            if isinstance(module, BitFitHead):
-                leaf = module
-                leaf.update(adapter_name, num_labels=size)
-            else:
-                if module is None:
-                    leaf = HeadParameter(parent, name.removeprefix(HOLDER), adapter_name)
-                else:
-                    leaf = BitFitHead(module, adapter_name, num_labels=size, in_the_middle=path in plan.middle)
-                setattr(parent, name, leaf)
-                leaf.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
-            if active:
-                leaf.set_adapter(adapter_name, inference_mode=inference_mode)
-            if path == plan.labels_at:
-                assert isinstance(model, PreTrainedModel)
-                assert plan.labels is not None
-                leaf.carry_labels(model, adapter_name, plan.labels)
-        leaves = [leaf for _, leaf in head_leaves(model)]
-        for _, layer in tuned_layers(model):
-            layer.switch_head_along(leaves)
-            break
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("BitFitModel.inject_adapter goes by its plan and never calls this.")
@@ -354,25 +270,7 @@ class BitFitModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         # PEFT's version does not look inside the layers that it takes out.
-        model = self.model
-        if merge:
-            for _, layer in tuned_layers(model):
-                layer.check_merge(safe_merge, adapter_names)
-            names = list(adapter_names or self.active_adapters)
-            token_rows = [module for module in model.modules() if isinstance(module, TokenRows)]
-            for rows in token_rows:
-                rows.check_merge(safe_merge, names)
-            prepare_merge(model, names)
-            if any(rows.serves(names) for rows in token_rows):
-                keep_rows(model)
-        for name, module in reversed(list(model.named_modules())):
-            if isinstance(module, (BitFitLayer, BitFitHead)):
-                with onload_layer(module):
-                    take_out(model, name, module, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
-        restore_rows(model)
-        vars(model).pop("peft_config", None)
-        forget_configs(model)
-        return model
+        return unload(self.model, merge=merge, safe_merge=safe_merge, adapter_names=adapter_names)
 
     # --- state dict ---
 
@@ -438,30 +336,6 @@ class BitFitModel(BaseTuner):
         tensors = [*delta_parameters(model, adapter_name).values(), *head_tensors(model, adapter_name).values()]
         live = set(map(id, tensors))
         return {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in live}
-
-
-def resolve(model: nn.Module, path: str) -> nn.Module:
-    """The stock module at a stock path of a model in which wrappers may have been injected."""
-    module = stock_module(model)
-    for name in path.split(".") if path else ():
-        module = stock_module(module._modules[name])  # type: ignore[arg-type]
-    return module
-
-
-def find_layer(model: nn.Module, path: str) -> BitFitLayer:
-    """The BitFit layer around the module at a stock path."""
-    parent, name = _place(model, path)
-    layer = parent._modules[name]
-    assert isinstance(layer, BitFitLayer)
-    return layer
-
-
-def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Where the module at a stock path, or its BitFit layer, hangs: the live parent and the name there."""
-    parent_path, _, name = path.rpartition(".")
-    parent = resolve(model, parent_path)
-    child = parent._modules[name]
-    return (child, "original_module") if isinstance(child, TokenRows) else (parent, name)
 
 
 def _has(state_dict: Mapping[str, torch.Tensor], path: str) -> bool:

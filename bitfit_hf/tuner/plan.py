@@ -9,20 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..backends.quantized import is_quantized
 from ..config import BitFitConfig
 from ..errors import (
-    AdapterNameError,
     AddedTokensError,
     ConfigError,
-    DeltaMismatchError,
     NoMatchError,
-    UnsupportedLayerError,
 )
 from ..storage.base_commit import base_commit
 from ..storage.bias_layout import decode_layout, encode_layout
@@ -35,22 +30,20 @@ from ..terms import (
     class_head,
     find_biases,
     head_modules,
-    part_of,
     part_tensors,
     pooler_modules,
     select_biases,
     untrained_pooler,
 )
-from ..terms.base_bias import overwritten
+from ..terms.base_size import num_base_parameters
 from ..terms.selection import fits
-from ..terms.structure import shape_of, stock_module, stock_root, walk
+from ..terms.structure import stock_module, stock_root, walk
 from ..terms.tasks import class_record, peft_task_type
 from .added_tokens import AddedTokens, find_added_tokens, placed_tokens
-from .head import BitFitHead, Labels, float32_copy
-from .layer import BitFitLayer
+from .head import Labels, float32_copy
 from .lifecycle import awaits_tensors
 from .places import find_labels, find_places
-from .reading import owners
+from .plan_checks import check_free, check_head, check_name, check_not_applied, check_not_split, check_read_once
 from .state import check_fit, is_bitfit
 from .token_rows import TokenRows, added_shapes
 
@@ -144,10 +137,10 @@ def make_plan(
     Raises:
         [`BitFitError`]: Of the kind that says what is wrong, see [`select_biases`] and [`check_base`].
     """
-    _check_name(model, adapter_name)
-    _check_head(model, config)
+    check_name(model, adapter_name)
+    check_head(model, config)
     pooler = pooler_modules(model)
-    _check_not_applied(model)
+    check_not_applied(model)
     tokens = _tokens(model, config)
     base_rows = {} if tokens is None else tokens.base_rows
     name = config.base_model_name_or_path
@@ -184,9 +177,9 @@ def make_plan(
     modules = dict(model.named_modules(remove_duplicate=False))
     targets = [bias.module for bias in biases]
     resized = [] if tokens is None else [path for paths in tokens.tensors.weights for path in paths]
-    _check_free(modules, [*targets, *resized], head)
-    _check_read_once(model, targets, head)
-    _check_not_split(model, biases)
+    check_free(modules, [*targets, *resized], head)
+    check_read_once(model, targets, head)
+    check_not_split(model, biases)
 
     everywhere: dict[str, tuple[str, ...]] = {}
     for bias in find_biases(model, add_missing_biases=True, with_untrained_pooler=False):
@@ -280,46 +273,6 @@ def _not_in_checkpoint(model: nn.Module, biases: list[Bias], *, resized: Collect
     return missing if 2 * len(missing) < len(marks) else []
 
 
-def _check_name(model: nn.Module, adapter_name: str) -> None:
-    if not adapter_name or "." in adapter_name:
-        raise AdapterNameError(f"An adapter's name must not be empty or hold a dot, got {adapter_name!r}.")
-    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    taken = parts - {
-        name
-        for m in model.modules()
-        if isinstance(m, (BitFitLayer, BitFitHead))
-        for name in m._get_available_adapters()
-    }
-    if adapter_name in taken:
-        # PEFT finds the tensors of other adapters by their name in the path, and would leave this module out.
-        raise AdapterNameError(f"The model has a module named {adapter_name!r}; choose another name for the adapter.")
-
-
-def _check_head(model: nn.Module, config: BitFitConfig) -> None:
-    """A delta's head needs a model that has one; it is missing where a backbone or a language model is loaded."""
-    if not awaits_tensors(config) or not config.modules_to_save:
-        return
-    paths = [path for path, _ in walk(stock_root(model))] + [name for name, _ in stock_root(model).named_parameters()]
-    if not any(path == name or path.endswith(f".{name}") for name in config.modules_to_save for path in paths):
-        names = [name for name in config.modules_to_save if "." in name] or config.modules_to_save
-        raise DeltaMismatchError(
-            f"The delta has a head ({', '.join(names)}; task type {config.task_type}), and {type(model).__name__} has "
-            "no such modules. Load the base with the class of its task, such as "
-            "`AutoModelForSequenceClassification`."
-        )
-
-
-def _check_not_applied(model: nn.Module) -> None:
-    """An adapter on top of an applied delta would be one for a base that exists nowhere else."""
-    if not is_bitfit(model) and next(overwritten(dict(walk(stock_root(model)))), None) is not None:
-        raise UnsupportedLayerError(
-            f"A delta is written into the biases of this {type(model).__name__} (`load_delta`, `apply_`), so an "
-            "adapter that is trained on it would fit no checkpoint. Take the delta out (`delta.remove_(model)`) or "
-            "load the base again. To train on, load the delta as an adapter: `PeftModel.from_pretrained(base, "
-            "delta, is_trainable=True)`. To keep it for good, save the model and load that as a new base."
-        )
-
-
 def _restrict(biases: list[Bias], only: Mapping[str, torch.Tensor]) -> list[Bias]:
     keys = {from_file(key) for key in only}
     kept = [bias for bias in biases if delta_key(bias.module, bias.parameter) in keys]
@@ -328,48 +281,6 @@ def _restrict(biases: list[Bias], only: Mapping[str, torch.Tensor]) -> list[Bias
             f"None of the {len(keys)} tensors of the state dict belongs to a bias that the configuration selects."
         )
     return kept
-
-
-def _check_free(modules: Mapping[str, nn.Module], targets: list[str], head: list[str]) -> None:
-    for name in dict.fromkeys([*targets, *head]):
-        if not name:
-            raise UnsupportedLayerError(
-                "The model itself is a single layer, which PEFT cannot wrap. Put it into a container: "
-                "`nn.Sequential(layer)`."
-            )
-        module = modules.get(name)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not isinstance(
-            module, (BitFitLayer, BitFitHead)
-        ):
-            raise UnsupportedLayerError(
-                f"{name} is wrapped by another PEFT method already ({type(module).__name__}). BitFit cannot be mixed "
-                "with it on one model: unload that adapter first, or load a fresh base."
-            )
-
-
-def _check_read_once(model: nn.Module, targets: list[str], head: list[str]) -> None:
-    """A parameter of the head, and the biases of the module that holds it, are read in the same way."""
-    modules = dict(walk(stock_root(model)))
-    for name in head:
-        path = name.rpartition(".")[0]
-        if name not in modules and (
-            path in targets or any(isinstance(owner, BitFitLayer) for owner in owners(modules[path]).values())
-        ):
-            raise UnsupportedLayerError(
-                f"{name} cannot be trained whole on a model in which biases of {path} are tuned. Leave {name} out of "
-                f"`modules_to_save`, or {path} out of the tuned modules with `exclude_modules`."
-            )
-
-
-def _check_not_split(model: nn.Module, biases: list[Bias]) -> None:
-    """FSDP lends a layer its whole bias to compute with; under tensor parallelism a layer computes with its slice."""
-    modules = dict(walk(stock_root(model)))
-    split = [b.name for b in biases if hasattr(modules[b.module]._parameters.get(b.parameter), "full_tensor")]
-    if split and not any(type(module).__name__.startswith("FSDP") for module in model.modules()):
-        raise UnsupportedLayerError(
-            f"{split[0]} and {len(split) - 1} other biases are split over devices by tensor parallelism, under which "
-            "deltas are not supported. Load the model without `tp_plan`; FSDP2 shards a model of any size."
-        )
 
 
 def _values(
@@ -405,25 +316,3 @@ def _values(
         # PEFT's place for the class that was trained; it fills it in only where there is no `task_type`.
         values["auto_mapping"] = class_record(model)
     return values
-
-
-def num_base_parameters(model: nn.Module, head: list[str], *, base_rows: Mapping[str, int] | None = None) -> int:
-    """How many parameters the stock model has outside its task head, whatever is injected; tied ones count once.
-
-    Of tensors in `base_rows`, see [`fingerprint`], so many rows count.
-    """
-    parameters: dict[int, int] = {}
-    for path, module in walk(stock_root(model)):
-        for own_name, parameter in module._parameters.items():
-            name = f"{path}.{own_name}" if path else own_name
-            if parameter is not None and part_of(name, head) is None:
-                count, rows = _numel(parameter), (base_rows or {}).get(name)
-                parameters[id(parameter)] = count if rows is None else count // shape_of(parameter)[0] * rows
-    return sum(parameters.values())
-
-
-def _numel(parameter: torch.Tensor) -> int:
-    # bitsandbytes packs two 4-bit values into a byte; DeepSpeed leaves an empty parameter behind.
-    if type(parameter).__name__ == "Params4bit":
-        return parameter.numel() * parameter.element_size() * 2
-    return parameter.numel() or getattr(parameter, "ds_numel", 0)

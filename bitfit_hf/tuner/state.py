@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..backends.sharded import put_back, write_whole
 from ..config import BitFitConfig
 from ..errors import DeltaFormatError, DeltaMismatchError, collect
+from ..notices import notice
 from ..storage.files import check_digest, check_values
 from ..storage.keys import PREFIX, delta_key, from_file, stock_path
 from ..terms.structure import stock_root
@@ -20,6 +22,8 @@ from .head_parameter import HeadParameter
 from .layer import BitFitLayer
 from .lifecycle import set_labels, tensors_loaded
 from .token_rows import TokenRows
+
+logger = logging.getLogger(__name__)
 
 
 def tuned_layers(model: nn.Module) -> Iterator[tuple[str, BitFitLayer]]:
@@ -238,4 +242,11 @@ class StrictLoader:
             remove_adapter(model, self.adapter_name)
             raise
         tensors_loaded(config)
+        head = sorted({path for path, leaf in head_leaves(model) if self.adapter_name in leaf.modules_to_save})
+        if head:
+            notice(
+                logger,
+                f"The delta has brought its head ({', '.join(head)}): what the report on loading the base says of it, "
+                "newly initialized or missing, is settled.",
+            )
         return LoadStateDictInfo(set(), set(), set(), [], {}, set()), None

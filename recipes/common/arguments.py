@@ -45,7 +45,12 @@ class StudyArguments:
     warmup: float = field(default=0.06, metadata={"help": "Steps of warm-up; below 1 a share of all steps."})
     weight_decay: float = field(default=0.0, metadata={"help": "Never applied to a BitFit delta."})
     group_by_length: bool = field(default=True, metadata={"help": "Batches of inputs of like length."})
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", metadata={"help": "Autocast of the model."})
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = field(
+        default="fp32", metadata={"help": "Autocast of the model; auto is bf16 where the hardware computes in it."}
+    )
+    dev_halves: bool = field(
+        default=False, metadata={"help": "Choose the epoch on one half of the dev set and report the other."}
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone that is there."})
     seed: int = field(default=0, metadata={"help": "Of the head, the subset, the order and dropout."})
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+
+from bitfit_hf.tables.hub_data import load_from_hub
 
 GLUE_NAME = "nyu-mll/glue"
-EXPORT = "refs/convert/parquet"  # where the Hub keeps its own conversion of a data set, a folder for each part
+
+
+REPORT = "report"  # in front of the name of what is reported and never chosen on
 
 
 class GlueTask(NamedTuple):
@@ -102,7 +106,7 @@ def load_splits(
         `SystemExit`: No such folder.
     """
     if data_dir is None:
-        return _from_hub(name, config, revision)
+        return load_from_hub(name, config, revision=revision)
     tried = [Path(data_dir) / folder for folder in folders]
     for folder in tried:
         files = sorted([*folder.glob("*.jsonl.gz"), *folder.glob("*.jsonl")])
@@ -116,16 +120,6 @@ def load_splits(
     )
 
 
-def _from_hub(name: str, config: str | None, revision: str | None) -> dict[str, Dataset]:
-    if revision != EXPORT:
-        try:
-            return dict(load_dataset(name, config, revision=revision))
-        except RuntimeError as error:
-            if revision is not None or "scripts are no longer supported" not in str(error):
-                raise
-    return dict(load_dataset(name, data_dir=config, revision=EXPORT))
-
-
 def subset(rows: Dataset, size: int | None, seed: int = 0) -> Dataset:
     """
     `size` rows drawn by `seed`; all of them, in their own order, for `None` or where there are no more.
@@ -135,6 +129,38 @@ def subset(rows: Dataset, size: int | None, seed: int = 0) -> Dataset:
     if size is None or size >= len(rows):
         return rows
     return rows.shuffle(seed=seed).select(range(size))
+
+
+def halves(rows: Dataset) -> tuple[Dataset, Dataset]:
+    """
+    Two halves of a dev set, one to choose on and one to report, the same for every seed and every model.
+
+    Args:
+        rows (`Dataset`): All of it. An odd row goes to the first half.
+    """
+    mixed = rows.shuffle(seed=0)
+    middle = (len(mixed) + 1) // 2
+    return mixed.select(range(middle)), mixed.select(range(middle, len(mixed)))
+
+
+def evaluation_parts(splits: dict[str, Dataset], dev_halves: bool) -> dict[str, Dataset]:
+    """
+    What a model is evaluated on, by name: the dev sets themselves, or the halves of each.
+
+    The second half of a dev set has `report` in front of its name, and so do its metrics: of `{"validation": rows}`
+    are made `{"validation": …, "report": …}`, and `accuracy` is of the first, `report_accuracy` of the second.
+
+    Args:
+        splits (`dict[str, Dataset]`): Dev sets by name; the first is what the best epoch is chosen on.
+        dev_halves (`bool`): Whether to split them.
+    """
+    if not dev_halves:
+        return splits
+    parts = {}
+    for index, (name, rows) in enumerate(splits.items()):
+        chosen, reported = halves(rows)
+        parts |= {name: chosen, f"{REPORT}_{name}" if index else REPORT: reported}
+    return parts
 
 
 def by_length(rows: Dataset) -> Dataset:

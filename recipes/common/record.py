@@ -41,14 +41,18 @@ class RunRecord:
         learning_rate (`float`): Highest value of the schedule.
         seed (`int`): Of everything random.
         config (`dict[str, Any]`): All arguments.
-        history (`list[dict[str, Any]]`): One entry per evaluation: `epoch`, `step`, `train_loss` (mean of the last
-            epoch), `eval` (metrics), and `train` (metrics on training rows) where asked for.
+        history (`list[dict[str, Any]]`): One entry per evaluation: `epoch`, `step`, `seconds` and
+            `processor_seconds` of training until then, `train_loss` (mean of the last epoch), `eval` (metrics),
+            `constant` (whether all answers were the same; null where that cannot be said), and `train` (metrics on
+            training rows) where asked for.
         metric (`str`): The one that chooses the best epoch.
-        metrics (`dict[str, dict[str, float]]`): `final`, of what is saved, and `best`, of the best epoch.
-        best_epoch (`float`): Chosen on the evaluation rows, as the paper does.
+        metrics (`dict[str, dict[str, float]]`): `final`, of what is saved, and `best`, of the best epoch. With
+            `dev_halves` those that begin with `report_` are of the half that nothing was chosen on.
+        best_epoch (`float`): Chosen on the evaluation rows, as the paper does; with `dev_halves` on their first half.
         trainable (`dict[str, int]`): Numbers of parameters: trained in `body` and `head`, and all of the `base`.
         bytes (`int`): What the task needs on disk beside the base.
-        seconds (`float`): Wall time of training, without evaluations.
+        seconds (`float`), processor_seconds (`float`): Time of training, without evaluations: on the clock on the
+            wall, and of the first process's processors together.
         data (`dict[str, Any]`): `source`, and number of `rows` by split.
         model_revision (`str`, *optional*): Commit of the pre-trained model, where it is from the Hub.
         versions (`dict[str, str]`): Of Python and the packages.
@@ -74,6 +78,7 @@ class RunRecord:
     trainable: dict[str, int]
     bytes: int
     seconds: float
+    processor_seconds: float
     data: dict[str, Any]
     model_revision: str | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -120,7 +125,7 @@ _TEXT, _NUMBER, _MAPPING = ("text", (str,)), ("a number", (int, float)), ("a map
 _WHOLE = ("a whole number", (int,))
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("recipe", "task", "model", "method", "metric", "finished"), _TEXT),
-    **dict.fromkeys(("learning_rate", "best_epoch", "seconds"), _NUMBER),
+    **dict.fromkeys(("learning_rate", "best_epoch", "seconds", "processor_seconds"), _NUMBER),
     **dict.fromkeys(("seed", "bytes"), _WHOLE),
     **dict.fromkeys(("config", "metrics", "trainable", "data", "versions", "hardware", "notes"), _MAPPING),
     "history": ("a list", (list,)),

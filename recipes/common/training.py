@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from reproduction.baselines import Method, make_method
 from transformers import (
+    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -29,7 +30,8 @@ from transformers import (
 
 from .arguments import StudyArguments, parse
 from .engine import DDP, SINGLE, check_engine
-from .metrics import Metrics
+from .hardware import computes_in_bf16
+from .metrics import Metrics, constant
 from .models import public_name
 from .record import RunRecord, checkout, hardware, without_paths
 
@@ -75,6 +77,41 @@ class TaskData:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+class Times(NamedTuple):
+    """Seconds on the clock on the wall, and of this process's processors together; the second is not disturbed by what
+    else a machine does, and says nothing of work on a GPU."""
+
+    wall: float
+    processor: float
+
+
+class Stopwatch:
+    """Adds up the time between `go` and `stop`."""
+
+    def __init__(self) -> None:
+        self._total = Times(0.0, 0.0)
+        self._began: Times | None = None
+
+    def go(self) -> None:
+        """Starts anew, whether or not it runs already."""
+        self._began = self._now()
+
+    def stop(self) -> None:
+        """Ends what [`go`] began; nothing, if it does not run."""
+        self._total, self._began = self.read(), None
+
+    def read(self) -> Times:
+        """The time until now."""
+        if self._began is None:
+            return self._total
+        now = self._now()
+        return Times(*(total + end - start for total, start, end in zip(self._total, self._began, now)))
+
+    @staticmethod
+    def _now() -> Times:
+        return Times(time.perf_counter(), time.process_time())
+
+
 class Evaluation(TrainerCallback):
     """
     Evaluates at the ends of epochs, and keeps the history.
@@ -91,9 +128,13 @@ class Evaluation(TrainerCallback):
         self.data = data
         self.every = every
         self.history: list[dict[str, Any]] = []
-        self.seconds = 0.0
         self.trainer: Trainer | None = None
         self._epochs = 0
+        self._clock = Stopwatch()
+
+    def training_time(self) -> Times:
+        """Spent on training until now, evaluations left out."""
+        return self._clock.read()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,6 +142,7 @@ class Evaluation(TrainerCallback):
         # With "group_by_length" a Trainer shuffles what it evaluates and predicts too: metrics that go by the row, and
         # files of predictions, would be about other rows. The training sampler has been made by now.
         args.train_sampling_strategy = "sequential"
+        self._clock.go()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,26 +161,44 @@ class Evaluation(TrainerCallback):
 
     def evaluate(self, state: TrainerState) -> None:
         """Adds an entry to the history."""
-        start = time.perf_counter()
-        entry: dict[str, Any] = {"epoch": state.epoch, "step": state.global_step, "train_loss": None, "eval": {}}
+        self._clock.stop()
+        spent = self._clock.read()
+        entry: dict[str, Any] = {
+            "epoch": state.epoch,
+            "step": state.global_step,
+            "seconds": spent.wall,
+            "processor_seconds": spent.processor,
+            "train_loss": None,
+            "eval": {},
+            "constant": None,
+        }
         for index, (name, split) in enumerate(self.data.evaluation.items()):
-            found = self._metrics(split, f"eval_{name}" if index else "eval")
+            found, same = self._metrics(split, f"eval_{name}" if index else "eval")
             entry["eval"] |= {f"{name}_{key}" if index else key: value for key, value in found.items()}
+            entry["constant"] = entry["constant"] if index else same
         if self.data.train_sample is not None:
-            entry["train"] = self._metrics(self.data.train_sample, "train_sample")
+            entry["train"] = self._metrics(self.data.train_sample, "train_sample")[0]
         self.history.append(entry)
-        self.seconds += time.perf_counter() - start
+        self._clock.go()
 
-    def _metrics(self, split: Split, prefix: str) -> dict[str, float]:
+    def _metrics(self, split: Split, prefix: str) -> tuple[dict[str, float], bool | None]:
+        """The metrics of a split, and whether all its answers are the same."""
         assert self.trainer is not None
-        self.trainer.compute_metrics = split.metrics
+        same: list[bool | None] = [None]
+
+        def compute(prediction: EvalPrediction) -> dict[str, float]:
+            same[0] = constant(prediction)
+            return split.metrics(prediction) if split.metrics is not None else {}
+
+        self.trainer.compute_metrics = compute if split.metrics is not None else None
         found = self.trainer.evaluate(split.rows, metric_key_prefix=prefix)
         speeds = ("_runtime", "_per_second", "_model_preparation_time")
-        return {
+        metrics = {
             name.removeprefix(f"{prefix}_"): float(value)
             for name, value in found.items()
             if name.startswith(f"{prefix}_") and not name.endswith(speeds)
         }
+        return metrics, same[0]
 
     def best(self) -> dict[str, Any]:
         """The entry with the best metric; the first of equals."""
@@ -167,6 +227,7 @@ def training_arguments(args: StudyArguments, *, accumulation: int = 1, **changes
     if args.batch_size % (processes * accumulation):
         parts = f"{processes} processes" + (f" and {accumulation} parts" if accumulation > 1 else "")
         raise SystemExit(f"--batch_size {args.batch_size} cannot be split over {parts}.")
+    use_cpu = args.use_cpu or not _accelerator()
     values = {
         "output_dir": args.output_dir,
         "learning_rate": args.learning_rate,
@@ -179,10 +240,10 @@ def training_arguments(args: StudyArguments, *, accumulation: int = 1, **changes
         "lr_scheduler_type": args.lr_scheduler,
         "warmup_steps": 0 if args.lr_scheduler == "constant" else args.warmup,
         "train_sampling_strategy": "group_by_length" if args.group_by_length else "random",
-        "bf16": args.precision == "bf16",
+        "bf16": args.precision == "bf16" or (args.precision == "auto" and computes_in_bf16(use_cpu)),
         "fp16": args.precision == "fp16",
         # Without it a Trainer refuses bf16 on a machine that has no other device.
-        "use_cpu": args.use_cpu or not _accelerator(),
+        "use_cpu": use_cpu,
         "logging_strategy": "epoch",
         "save_strategy": "no",
         "report_to": "none",
@@ -278,9 +339,8 @@ def train(
     precision = trainer.accelerator.mixed_precision.replace("no", "fp32")
     count = method.trainable(model)
 
-    start = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - start - evaluation.seconds
+    seconds = evaluation.training_time()
     evaluation.evaluate(trainer.state)
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     for entry in evaluation.history:
@@ -308,7 +368,8 @@ def train(
         best_epoch=best["epoch"],
         trainable={"body": count.body, "head": count.head, "base": count.base},
         bytes=size,
-        seconds=seconds,
+        seconds=seconds.wall,
+        processor_seconds=seconds.processor,
         data={
             "source": data.source,
             "rows": {"train": len(data.train), **{key: len(split.rows) for key, split in data.evaluation.items()}},

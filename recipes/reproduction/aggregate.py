@@ -1,7 +1,8 @@
 """From runs to the figures of a table: the learning rate is chosen on the dev set, then seeds are averaged.
 
-As in the paper there is one dev set, on which the learning rate (and, with `score: best`, the epoch) is chosen and the
-result is reported: figures chosen so are optimistic, for every method alike. Every output says it.
+A task with `dev_halves: true` has a dev set in two halves: on one the learning rate (and, with `score: best`, the
+epoch) is chosen, of the other are the figures. Without it they are of the rows that were chosen on, as in the paper:
+figures chosen so are optimistic, for every method alike. Every output says which.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from .plan import Cell, Run
 from .store import RunStore, StoredRun
+from .studies import Task
 
 
 def score(stored: StoredRun, metric: str, which: str = "best") -> float:
@@ -32,6 +34,11 @@ def score(stored: StoredRun, metric: str, which: str = "best") -> float:
         raise KeyError(f"Run {stored.id} has no metric {metric!r}; it has {', '.join(metrics)}.")
     value = metrics[metric]
     return math.nan if value is None else float(value)
+
+
+def reported(task: Task, metric: str) -> str:
+    """The name in a record of what a table shows: of the half of the dev set that nothing was chosen on, if any."""
+    return f"report_{metric}" if task.dev_halves else metric
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,8 @@ class Summary:
     Args:
         cell ([`Cell`]): What it is about.
         metric (`str`): Of which metric.
-        values (`tuple[float, ...]`): By seed, at the chosen learning rate, as the metric gives them (0 to 1).
+        values (`tuple[float, ...]`): By seed, at the chosen learning rate, as the metric gives them (0 to 1); of the
+            half of the dev set that is reported, where there are halves.
         choice ([`Choice`], *optional*): `None` where there is no run.
         done (`int`), wanted (`int`): How many runs of how many the cell has.
     """
@@ -146,7 +154,7 @@ def summarize(cell: Cell, store: RunStore, metric: str | None = None, which: str
     choice = choose(cell, store, which)
     unit = 0.01 if cell.task.in_percent else 1.0
     runs = [] if choice is None else runs_at(cell, store, choice.learning_rate)
-    values = tuple(unit * score(stored, metric, which) for stored in runs)
+    values = tuple(unit * score(stored, reported(cell.task, metric), which) for stored in runs)
     missing, waiting = missing_runs(cell, store, which)
     return Summary(cell, metric, values, choice, cell.size - len(missing) - waiting, cell.size)
 

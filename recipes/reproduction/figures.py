@@ -6,14 +6,14 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bitfit_hf import plot_bias_change
 
 from . import paper
-from .aggregate import best_run, choose, runs_at, summarize
+from .aggregate import best_run, choose, reported, runs_at, summarize
 from .markdown import Context, document, figure, percent, table
 from .plan import Cell
 
@@ -25,7 +25,16 @@ TITLES = {
     "figure2": "Figure 2: SQuAD exact match by the size of the training set",
     "generalization_gap": "Generalization gap: scores on training rows and on the dev set",
 }
-COLORS = {"full": "#b5532a", "bitfit": "#1f5fa8"}
+# A method has the same colour in every picture. BitFit is blue, as in Figure 1: pale with one rate, full by default.
+COLORS = {
+    "full": "#b5532a",
+    "bitfit": "#8ab4de",
+    "bitfit_default": "#1f5fa8",
+    "lora": "#3c8d5a",
+    "adapter": "#8a6bb1",
+    "diff_pruning": "#c9a227",
+    "frozen": "#8c8c8c",
+}
 
 
 def render_figure(study: str, cells: Sequence[Cell], context: Context) -> dict[str, bytes]:
@@ -42,30 +51,49 @@ def render_figure(study: str, cells: Sequence[Cell], context: Context) -> dict[s
     body, picture = {"figure1": _bias_change, "figure2": _by_size, "generalization_gap": _gap}[study](cells, context)
     files = {}
     if picture is not None:
-        files[f"{study}.png"] = _png(picture)
+        files[f"{study}.png"] = as_png(picture)
         body = [f"![{TITLES[study]}]({study}.png)", "", *body]
     files[f"{study}.md"] = document(TITLES[study], context, study, cells, body).encode()
     return files
 
 
-def _png(picture: Figure) -> bytes:
+def as_png(picture: Figure) -> bytes:
     buffer = io.BytesIO()
     picture.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 
-def _axes(columns: int) -> tuple[Figure, list]:
-    """An empty picture of some panels, apart from matplotlib's global state."""
+def new_axes(panels: int, across: int | None = None) -> tuple[Figure, list]:
+    """
+    An empty picture of some panels, apart from matplotlib's global state.
+
+    Args:
+        panels (`int`): How many.
+        across (`int`, *optional*): How many in a row; all of them by default.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(1.2 + 4.2 * columns, 3.4), layout="constrained")
+    columns = min(panels, across or panels)
+    rows = -(-panels // columns)
+    picture = Figure(figsize=(2.6 + 4.2 * columns, 0.4 + 3.0 * rows), layout="constrained")
     FigureCanvasAgg(picture)
-    axes = list(picture.subplots(1, columns, squeeze=False)[0])
-    for axis in axes:
+    axes = list(picture.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[panels:]:
+        axis.remove()
+    for axis in axes[:panels]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    return picture, axes
+    return picture, axes[:panels]
+
+
+def shared_legend(picture: Figure, axes: Sequence[Any]) -> None:
+    """One legend for all panels, beside them, where it hides no curve."""
+    shown: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    picture.legend(shown.values(), shown.keys(), loc="outside right center", frameon=False, fontsize=8)
 
 
 def _bias_change(cells: Sequence[Cell], context: Context) -> tuple[list[str], Figure | None]:
@@ -119,7 +147,9 @@ def _by_size(cells: Sequence[Cell], context: Context) -> tuple[list[str], Figure
                 summary = summarize(cell, context.store, cell.task.columns[heading], context.score)
                 row.append(figure(summary))
                 if heading == next(iter(cell.task.columns)) and summary.values and not math.isnan(summary.mean):
-                    points.setdefault((model, method), []).append((size, summary.mean, summary.std or 0.0))
+                    points.setdefault((model, method), []).append(
+                        (size, summary.mean, math.nan if summary.std is None else summary.std)
+                    )
             lines.append(row)
     floors = sorted({cell.task.arguments.get("min_steps", 0) for cell in cells})
     floor = " or ".join(f"{steps:,}" for steps in floors if steps)
@@ -129,20 +159,22 @@ def _by_size(cells: Sequence[Cell], context: Context) -> tuple[list[str], Figure
     body += [table(lines, left=1), ""]
     if not points:
         return body, None
-    picture, (axis,) = _axes(1)
+    picture, (axis,) = new_axes(1)
     for (model, method), found in points.items():
         sizes, means, deviations = (np.array(values) for values in zip(*found))
         label = paper.method_name(method) if len(models) == 1 else f"{model}, {paper.method_name(method)}"
-        axis.errorbar(
-            sizes, 100 * means, 100 * deviations, marker="o", capsize=3, color=COLORS.get(method), label=label
-        )
+        axis.plot(sizes, 100 * means, marker="o", color=COLORS.get(method), label=label)
+        several = np.isfinite(deviations)  # of a single seed there is no deviation to draw
+        if several.any():
+            bars = sizes[several], 100 * means[several], 100 * deviations[several]
+            axis.errorbar(*bars, fmt="none", capsize=3, color=COLORS.get(method))
     axis.set_xscale("log")
     ticks = sorted({size for found in points.values() for size, *_ in found})
     axis.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axis.minorticks_off()  # the powers of ten that a log scale writes run into each other
     axis.set_xlabel("training questions")
     axis.set_ylabel("exact match")
-    axis.legend(frameon=False)
+    shared_legend(picture, [axis])
     return body, picture
 
 
@@ -169,7 +201,8 @@ def gaps(cell: Cell, context: Context) -> list[Gap]:
     found = []
     for stored in runs_at(cell, context.store, choice.learning_rate):
         entries = [entry for entry in stored.record["history"] if entry.get("train")]
-        scores = [(entry["epoch"], entry["train"][metric], entry["eval"][metric]) for entry in entries]
+        dev = reported(cell.task, metric)
+        scores = [(entry["epoch"], entry["train"][metric], entry["eval"][dev]) for entry in entries]
         scores = [(epoch, unit * train, unit * dev) for epoch, train, dev in scores if None not in (train, dev)]
         if scores:
             found.append(Gap(*zip(*scores)))
@@ -195,7 +228,7 @@ def _gap(cells: Sequence[Cell], context: Context) -> tuple[list[str], Figure | N
     body += ["After the last epoch, at the chosen learning rate; the gap is the difference.", "", table(lines, 3), ""]
     if not curves:
         return body, None
-    picture, axes = _axes(len(curves))
+    picture, axes = new_axes(len(curves))
     for axis, ((model, task), by_method) in zip(axes, curves.items()):
         for method, found in by_method.items():
             color = COLORS.get(method)
@@ -206,6 +239,7 @@ def _gap(cells: Sequence[Cell], context: Context) -> tuple[list[str], Figure | N
                 axis.plot(one.epochs, np.multiply(100, one.dev), "-", color=color, label=labels[1])
         axis.set_title(f"{model}, {task}", fontsize=10)
         axis.set_xlabel("epoch")
-        axis.legend(frameon=False, fontsize=8)
+        axis.set_xticks(sorted({epoch for found in by_method.values() for one in found for epoch in one.epochs}))
     axes[0].set_ylabel("score")
+    shared_legend(picture, axes)
     return body, picture

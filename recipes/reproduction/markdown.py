@@ -91,11 +91,28 @@ def how(context: Context, cells: Sequence[Cell]) -> list[str]:
         else "Every learning rate was run with every seed, and the one with the best mean was chosen."
     )
     epoch = "of the best epoch" if context.score == "best" else "after the last epoch"
+    apart = {cell.task.dev_halves for cell in cells}
+    halves = (
+        "one half of the dev set is for choosing the learning rate and the epoch, and the scores are of the other half"
+    )
+    whole = (
+        "as in the paper, the learning rate is chosen on the dev set that is reported, so the figures are optimistic, "
+        "for every method alike"
+    )
+    if len(apart) == 2:
+        names = ", ".join(dict.fromkeys(cell.task.name for cell in cells if not cell.task.dev_halves))
+        chosen = f"{halves}; of {names} {whole}"
+    else:
+        chosen = halves if apart == {True} else whole
     lines = [
-        f"Scores are on the dev set, {epoch}, times 100. As in the paper, the learning rate is chosen on the dev set "
-        f"that is reported, so the figures are optimistic, for every method alike. {seeds} ± is the sample standard "
-        "deviation over n seeds; without it there is one seed, and differences of a point or two may be chance."
+        f"Scores are on the dev set, {epoch}, times 100: {chosen}. {seeds} ± is the sample standard deviation over n "
+        "seeds; without it there is one seed, and differences of a point or two may be chance."
     ]
+    if any(cell.method.name == "bitfit" for cell in cells):
+        lines.append(
+            "BitFit is the paper's, with one learning rate for all terms; BitFit by default is what the library does "
+            "when nothing is set, at the one learning rate that it recommends."
+        )
     if any(cell.task.train_rows != cell.task.rows for cell in cells):
         sizes = {
             f"{cell.task.name}: {cell.task.train_rows:,} of {cell.task.rows:,} rows"

@@ -90,6 +90,7 @@ _PERCENT = {
 METHOD_NAMES = {
     "full": "Full-FT",
     "bitfit": "BitFit",
+    "bitfit_default": "BitFit by default",
     "bitfit:query+intermediate": "b_m2, b_q",
     "bitfit:intermediate": "b_m2",
     "bitfit:query": "b_q",

@@ -18,6 +18,12 @@ from typing import Any
 
 from .studies import Method, Model, StudyConfig, Task
 
+# What all runs have in common without any study saying so. It is part of a run's identity: a result of other rules is
+# never taken for one of these.
+#   1  An untrained pooler was frozen, for all methods.
+#   2  An untrained pooler is part of the head, for all methods.
+RULES = 2
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,6 +53,7 @@ class Run:
             "learning_rate": self.learning_rate,
             "seed": self.seed,
             "arguments": {**self.task.arguments, **self.method.arguments},
+            "rules": RULES,
         }
 
     @property

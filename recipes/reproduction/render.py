@@ -31,14 +31,14 @@ def render_table(study: str, cells: Sequence[Cell], context: Context) -> str:
     Returns:
         `str`: Markdown.
     """
-    body = [_scores(study, cells, context), ""]
+    body = [scores_table(study, cells, context), ""]
     if study == "table1":
         body += _paper_test_set()
     if study == "pos":
         body += _paper_pos()
-    body += ["## Learning rates, sizes and times", "", _details(cells, context), ""]
-    if edges := _edges(cells, context):
-        body += [edges, ""]
+    body += ["## Learning rates, sizes and times", "", details_table(cells, context), ""]
+    if at_edges := edges(cells, context):
+        body += [at_edges, ""]
     return document(TITLES[study], context, study, cells, body)
 
 
@@ -61,7 +61,7 @@ def _heading(column: tuple[str, str, str, bool], columns: Sequence[tuple[str, st
     return f"{heading} ({task})" if [other[0] for other in columns].count(heading) > 1 else heading
 
 
-def _scores(study: str, cells: Sequence[Cell], context: Context) -> str:
+def scores_table(study: str, cells: Sequence[Cell], context: Context) -> str:
     columns = _columns(cells)
     by_place = {(cell.model.name, cell.method.name, cell.task.name): cell for cell in cells}
     averaged = len({heading for heading, *_ in columns}) == len(columns) > 1  # no task twice
@@ -116,7 +116,7 @@ def _share(cells: Sequence[Cell], context: Context) -> str:
     return ""
 
 
-def _details(cells: Sequence[Cell], context: Context) -> str:
+def details_table(cells: Sequence[Cell], context: Context) -> str:
     rows = [["model", "task", "method", "rate", "of the grid", "n", "body", "head", "kB on disk", "s per run"]]
     for cell in cells:
         summary = summarize(cell, context.store, which=context.score)
@@ -143,7 +143,7 @@ def _details(cells: Sequence[Cell], context: Context) -> str:
     return table(rows, left=3)
 
 
-def _edges(cells: Sequence[Cell], context: Context) -> str:
+def edges(cells: Sequence[Cell], context: Context) -> str:
     """Says where a wider grid might have done better: a grid that is too narrow is no fair chance."""
     found = []
     for cell in cells:

@@ -4,15 +4,18 @@
     python recipes/reproduction/reproduce.py --table 3 --config minilm_cpu --data_dir path/to/data
     python recipes/reproduction/reproduce.py --table 3 --config minilm_cpu --tasks rte_1k --time_limit 60
     python recipes/reproduction/reproduce.py --table 1 2 3 --figure 1 2 --study generalization_gap pos --render_only
+    python recipes/reproduction/reproduce.py --study defaults --config mpnet_cpu --data_dir path/to/data
     accelerate launch recipes/reproduction/reproduce.py --table 2 --config paper
     python recipes/reproduction/reproduce.py --table 2 --config paper --shard 0/8
 
 A study config, in `recipes/reproduction/configs/`, says which runs a table consists of: `paper` is the paper's own
 setting (BERT-base, BERT-large and RoBERTa-base, data of the Hub, days of GPU time), `minilm_cpu` a small real model on
-two CPU cores. Every finished run is one JSON file in `<results_dir>/<config>/runs`, named by what it depends on: a run
-that two tables need is done once, a sweep that was killed goes on where it stopped, and a table is rendered from what
-is there, with what is missing and the command that goes on. Tables, figures and `claims.md` are written beside the
-runs.
+two CPU cores and `mpnet_cpu` one of the paper's size. `--study defaults` asks whether one setting serves everything:
+BitFit as it comes out of the box against the best of a grid.
+
+Every finished run is one JSON file in `<results_dir>/<config>/runs`, named by what it depends on: what two tables
+need is done once, a sweep that was killed goes on where it stopped, and a table is rendered from what is there, with
+what is missing and the command that goes on. Tables, figures and `claims.md` are written beside the runs.
 
 Several processes may work on one folder: each run is claimed by the first that gets to it. Under `accelerate launch`
 all processes train one run together; machines without a shared folder split the work with `--shard`.
@@ -34,7 +37,7 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from bitfit_hf.storage.files import write_bytes
-from reproduction import claims, figures
+from reproduction import claims, defaults, figures
 from reproduction.cost import Bill, CostModel, bill
 from reproduction.markdown import Context
 from reproduction.plan import Cell, Selection, expand
@@ -51,7 +54,7 @@ CONFIGS = HERE / "configs"
 class ReproduceArguments:
     table: list[int] = field(default_factory=list, metadata={"help": "Tables of the paper: 1, 2, 3."})
     figure: list[int] = field(default_factory=list, metadata={"help": "Figures of the paper: 1, 2."})
-    study: list[str] = field(default_factory=list, metadata={"help": "generalization_gap, pos."})
+    study: list[str] = field(default_factory=list, metadata={"help": "defaults, generalization_gap, pos."})
     config: str = field(
         default="minilm_cpu",
         metadata={"help": "A study config: a name in recipes/reproduction/configs, or a file."},
@@ -87,13 +90,20 @@ def asked_studies(args: ReproduceArguments) -> list[str]:
     """The studies by their names in a study config."""
     asked = [f"table{number}" for number in args.table] + [f"figure{number}" for number in args.figure] + args.study
     if not asked:
-        raise SystemExit("Say what to reproduce: --table 1|2|3, --figure 1|2, --study generalization_gap|pos.")
+        raise SystemExit(
+            "Say what to reproduce: --table 1|2|3, --figure 1|2, --study defaults|generalization_gap|pos."
+        )
     return list(dict.fromkeys(asked))
 
 
 def config_path(name: str) -> Path:
     """The file of a study config that is named as a file or by its stem."""
-    return Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    if name not in known:
+        raise SystemExit(f"--config {name}: there is {', '.join(known)}; or give a YAML file, such as {name}.yaml.")
+    return CONFIGS / f"{name}.yaml"
 
 
 def selection_of(args: ReproduceArguments) -> Selection:
@@ -123,7 +133,8 @@ def show_plan(found: Bill, whole: list[Cell], console: Console) -> None:
     """The plan and its cost."""
     table = Table(title=f"{found.done} of {found.wanted} runs are there; {found.missing} are missing")
     for heading in ("model", "task", "method", "rates", "seeds", "missing now"):
-        table.add_column(heading, justify="left" if heading in ("model", "task", "method") else "right")
+        name = heading in ("model", "task", "method")
+        table.add_column(heading, justify="left" if name else "right", no_wrap=name, overflow="fold")
     counts: dict[tuple[str, str, str], int] = {}
     for run in found.runs:
         key = (run.model.name, run.task.name, run.method.name)
@@ -135,7 +146,8 @@ def show_plan(found: Bill, whole: list[Cell], console: Console) -> None:
     console.print(table)
     hours = f"about {found.hours:.1f} hours"
     if found.unknown:
-        hours += f" and {found.unknown} runs of unknown length"
+        some = f"{found.unknown} runs of unknown length (the study config assumes no speed, and no run is there yet)"
+        hours = some if found.unknown == found.missing else f"{hours} and {some}"
     if found.assumed:
         hours += f" ({found.assumed} runs at the speed that the study config assumes)"
     console.print(
@@ -149,7 +161,9 @@ def render(studies: list[str], config: StudyConfig, context: Context, folder: Pa
     written = []
     for study in studies:
         cells = expand(config, [study])
-        if study in TITLES:
+        if study == defaults.STUDY:
+            documents = defaults.render_defaults(cells, context)
+        elif study in TITLES:
             documents = {f"{study}.md": render_table(study, cells, context).encode()}
         else:
             documents = figures.render_figure(study, cells, context)

@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-STUDIES = ("table1", "table2", "table3", "figure1", "figure2", "generalization_gap", "pos")
+STUDIES = ("defaults", "table1", "table2", "table3", "figure1", "figure2", "generalization_gap", "pos")
 SCORES = ("best", "final")
 
 
@@ -85,6 +85,11 @@ class Task:
     def metric(self) -> str:
         """What the learning rate is chosen by."""
         return next(iter(self.columns.values()))
+
+    @property
+    def dev_halves(self) -> bool:
+        """Whether one half of the dev set is chosen on and the other reported."""
+        return bool(self.arguments.get("dev_halves", False))
 
     @property
     def train_rows(self) -> int | None:

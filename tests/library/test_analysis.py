@@ -225,6 +225,10 @@ def test_picture_shows_the_rows():
     assert columns == ["0", "1", "mean"]
     assert names == [rf"$b_{{\mathrm{{{symbol[2:]}}}}}$" for symbol in BERT_LAYER] + ["emb. LN", "pooler"]
     assert [text.get_text() for text in axis.texts] == [f"{row.value:.2g}" for row in rows[-2:]]
+    # They stand to the right of the last cell, where no layer is, and within the panel.
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent().transformed(axis.transData.inverted()) for text in axis.texts]
+    assert all(axis.images[1].get_extent()[1] < box.x0 < box.x1 < axis.get_xlim()[1] for box in boxes)
 
 
 def test_scale_is_that_of_the_layers():

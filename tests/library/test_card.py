@@ -19,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from tuner_tester import fill_
 
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, ConfigError, plot_bias_change
-from bitfit_hf.card.model_card import BitFitCardData, hub_name, make_card, write_card
-from bitfit_hf.card.update import OldCard
+from bitfit_hf.card.card_data import BitFitCardData
+from bitfit_hf.card.model_card import make_card, write_card
+from bitfit_hf.card.update import OldCard, hub_name
 from bitfit_hf.training_run import TrainingRun, dataset_id
 
 BASE, COMMIT = "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594"

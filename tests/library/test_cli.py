@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 import typer
 import yaml
 from architectures import ARCHITECTURES, build, output_tensors, randomize_
+from command_line import Result, Run
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel, get_peft_model
@@ -32,57 +32,13 @@ from bitfit_hf import BiasDelta, BitFitConfig, DeltaNotFoundError, bias_change, 
 from bitfit_hf.analysis import term_counts
 from bitfit_hf.cli import app, checkpoints
 from bitfit_hf.terms import find_biases
+from bitfit_hf.training_run import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
+COMMANDS = ["train", "eval", "inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
 LABELS = {0: "no", 1: "perhaps", 2: "yes", 3: "certainly"}
 BERT = ARCHITECTURES["bert-sequence"]
 TOKENIZER = {"vocab.txt": b"[PAD]\n", "tokenizer_config.json": b'{"do_lower_case": true}'}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one JSON object on stdout."""
-        assert self.code == 0, self.err
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-    def assert_mistake(self, *fragments: str) -> None:
-        """One line on stderr that says all of `fragments`, nothing on stdout, exit code 1."""
-        assert self.code == 1
-        assert self.out == ""
-        assert self.err.endswith("\n")
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("bitfit: error: ")
-        for fragment in fragments:
-            assert fragment in lines[0]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs `bitfit` with these arguments."""
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setenv("COLUMNS", "100")
-    command = typer.main.get_command(app)
-
-    def run(*args: object) -> Result:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            command.main([str(arg) for arg in args], prog_name="bitfit")
-        return Result(exit_.value.code or 0, *capfd.readouterr())
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -158,7 +114,7 @@ def test_help_of_a_command_shows_examples_with_its_own_options(run: Run, command
     text = plain(result.out)
     examples = re.findall(rf"bitfit {command} .*", text.partition("Examples:")[2])
     assert len(examples) >= 2
-    options = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text.partition("─ Options")[2]))
+    options = set(re.findall(r"(?<!\S)--?[a-z][a-z-]*", text.partition("Arguments:")[2]))
     used = {option for line in examples for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", line)}
     assert used <= options
     assert ("--json" in options) == (command != "serve"), "a server prints no result"
@@ -170,7 +126,7 @@ def test_version(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), (["inspect", "--help"], 0), (["--version"], 0), (["inspect", "--bogus"], 1), (["inspct"], 1)],
+    [(["--help"], 0), (["inspect", "--help"], 0), (["--version"], 0), (["inspect", "--bogus"], 2), (["inspct"], 2)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str], code: int) -> None:
@@ -315,6 +271,28 @@ def test_names_from_files_are_neither_markup_nor_commands_to_the_terminal(run: R
     result = run("inspect", files.delta)
     result.assert_mistake("LORA")
     assert "\x1b" not in result.err
+
+
+def test_inspect_shows_the_metrics_of_the_training(run: Run, files: Files) -> None:
+    """They are in the delta's configuration, also where the card cannot have them since no data set is known."""
+    delta = BiasDelta.from_pretrained(files.delta)
+    delta.config.run = TrainingRun(metrics={"accuracy": 0.75, "loss": 0.5, "runtime": 3.0})
+    delta.save_pretrained(files.delta)
+    assert run("inspect", files.delta, "--json").json["metrics"] == [
+        {"dataset": None, "split": None, "metric": "accuracy", "value": 0.75},
+        {"dataset": None, "split": None, "metric": "loss", "value": 0.5},
+    ]
+    assert "accuracy" in run("inspect", files.delta).out
+
+
+def test_a_base_that_is_gone(run: Run, files: Files, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    delta = BiasDelta.from_pretrained(files.delta)
+    delta.config.base_model_name_or_path = gone
+    delta.save_pretrained(files.delta)
+    table = tmp_path / "t.csv"
+    table.write_text("text,label\na,no\nb,yes\n")
+    run("eval", files.delta, table).assert_mistake(gone, "no such folder any more", "base_model_name_or_path")
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal_lm", "beit-image", "llama-causal_lm"])
@@ -596,6 +574,20 @@ def test_extract_is_the_way_back_from_merge(run: Run, files: Files, tmp_path: Pa
     assert BiasDelta.from_pretrained(out).config.base_model_name_or_path == "user/bert"
 
 
+def test_extract_says_that_nothing_has_changed(run: Run, files: Files, tmp_path: Path) -> None:
+    """The same checkpoint twice is a slip; a head alone is told."""
+    same = BERT.build()
+    same.save_pretrained(tmp_path / "x")
+    run("extract", tmp_path / "x", tmp_path / "x", "-o", tmp_path / "d").assert_mistake("no delta to extract")
+    assert not (tmp_path / "d").exists()
+    with torch.no_grad():
+        same.classifier.weight += 1
+    same.save_pretrained(tmp_path / "y")
+    result = run("extract", tmp_path / "x", tmp_path / "y", "-o", tmp_path / "d", "-q")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'd'}\n")
+    assert "the delta holds a head alone" in result.err
+
+
 def test_extract_refuses_other_weights_and_missing_ones(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("extract", files.base, files.sibling, "-o", out)
@@ -611,7 +603,9 @@ def test_extract_refuses_other_weights_and_missing_ones(run: Run, files: Files, 
 def test_export_loads_with_stock_peft(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "lora"
     values = run("export", files.delta, "--stock", "--base", files.base, "-o", out, "--json").json
-    assert values["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER]
+    assert values["files"] == sorted(names)
+    assert contents(out)["README.md"] == contents(files.delta)["README.md"]
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
     def load(folder: Path) -> torch.nn.Module:
@@ -621,8 +615,8 @@ def test_export_loads_with_stock_peft(run: Run, files: Files, tmp_path: Path) ->
         return PeftModel.from_pretrained(base, folder)
 
     assert (outputs(load(out)) - outputs(load(files.delta))).abs().max() <= 2e-6
-    # Without --base: the one that the delta names.
-    assert run("export", files.delta, "--stock", "-o", tmp_path / "again").code == 0
+    # Without --stock: it is the format of a delta. Without --base: the one that the delta names.
+    assert run("export", files.delta, "-o", tmp_path / "again").code == 0
     again, first = contents(tmp_path / "again"), contents(out)
     assert again["adapter_model.safetensors"] == first["adapter_model.safetensors"]
 
@@ -665,6 +659,15 @@ def test_push_to_a_branch_and_as_a_pull_request(run: Run, files: Files, hub: Any
     assert values["pull_request"].endswith("/alice/rte/discussions/1")
     assert "adapter_config.json" in hub.files("alice/rte", "refs/pr/1")
     assert "adapter_config.json" not in hub.files("alice/rte")
+
+
+def test_push_takes_the_name_of_the_base_from_the_card(run: Run, files: Files, hub: Any, hub_env: Any) -> None:
+    run("push", files.delta, "alice/rte").assert_mistake("--base-model user/name", str(files.base.name))
+    card = ModelCard.load(files.delta / "README.md")
+    card.data.base_model = "google-bert/bert-base-uncased"
+    card.save(files.delta / "README.md")
+    assert run("push", files.delta, "alice/rte", "-q").out.startswith("http")
+    assert BiasDelta.from_pretrained("alice/rte").config.base_model_name_or_path == "google-bert/bert-base-uncased"
 
 
 def test_push_with_stock_loads_the_base(run: Run, files: Files, hub: Any, hub_env: Any) -> None:
@@ -783,7 +786,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "extract below a file": (["extract", "{base}", "{base}", "-o", "{base}/config.json/x"], ["cannot be written"]),
     "export below a file": (["export", "{delta}", "--stock", "-o", "{base}/config.json/x"], ["cannot be written"]),
     "output not empty": (["export", "{delta}", "--stock", "-o", "{base}"], ["{base} is not empty"]),
-    "no format": (["export", "{delta}", "-o", "{new}"], ["--stock"]),
+    "two formats": (["export", "{delta}", "--stock", "--onnx", "-o", "{new}"], ["three formats"]),
+    "int8 of a delta": (["export", "{delta}", "--int8", "-o", "{new}"], ["--onnx"]),
+    "a delta for a base": (["export", "{delta}", "--onnx", "-o", "{new}"], ["no config.json"]),
     "export on another base": (["export", "{delta}", "--stock", "--base", "{sibling}", "-o", "{new}"], ["differ"]),
     "no picture": (["plot", "{delta}", "-o", "{new}.txt"], [".png, .svg or .pdf"]),
     "a folder for a picture": (["plot", "{delta}", "-o", "{pictures}"], ["is a folder"]),
@@ -819,13 +824,21 @@ def places(files: Files, tmp_path: Path) -> dict[str, Path]:
     return {**vars(files), **places, "new": tmp_path / "new"}
 
 
+# Told before anything is imported, with click's own exit code.
+IN_THE_COMMAND = {
+    *("unknown command", "unknown option", "unknown global option", "missing argument", "missing option"),
+    *("missing value", "wrong value", "wrong choice", "no format"),
+}
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_1(run: Run, places: dict[str, Path], mistake: str) -> None:
+def test_a_mistake_is_one_line_and_an_exit_code(run: Run, places: dict[str, Path], mistake: str) -> None:
     args, fragments = MISTAKES[mistake]
     before = {path: path.read_bytes() for path in places["empty"].parent.rglob("*") if path.is_file()}
     for extra in ([], ["--json"]) if mistake not in ("unknown global option", "missing value") else ([],):
         result = run(*(arg.format(**places) for arg in args), *extra)
-        result.assert_mistake(*(fragment.format(**places) for fragment in fragments))
+        code = 2 if mistake in IN_THE_COMMAND else 1
+        result.assert_mistake(*(fragment.format(**places) for fragment in fragments), code=code)
     after = {path: path.read_bytes() for path in places["empty"].parent.rglob("*") if path.is_file()}
     assert after == before
     assert not places["new"].exists()

@@ -75,6 +75,37 @@ def test_constant_predictions_are_told_once(tmp_path, warned, tokens):
     assert "Lower the learning rate" in text
 
 
+class OtherForSequenceClassification(BertForSequenceClassification):
+    """Takes its labels by another name."""
+
+    def forward(self, input_ids=None, attention_mask=None, gold_label=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=gold_label)
+
+
+def test_labels_of_another_name_are_found(tmp_path, warned):
+    torch.manual_seed(0)
+    rows = [{"input_ids": row["input_ids"], "gold_label": row["labels"]} for row in data()]
+    trainer = make(tmp_path, OtherForSequenceClassification(BertConfig(**SIZES)), train=rows, evaluate=rows)
+    trainer.train()
+    collapse_(trainer)
+    trainer.evaluate()
+    (text,) = warned()
+    assert "label 0 always, over 24 examples" in text
+
+
+def test_a_compiled_model_s_predictions_are_looked_at_where_the_trainer_keeps_them(tmp_path, warned):
+    trainer = make(tmp_path)
+    trainer.train()
+    collapse_(trainer)
+    trainer.args.torch_compile = True  # of which the callback knows by this alone
+    trainer.evaluate()
+    assert not warned()  # without metrics a Trainer throws the logits away
+    trainer.compute_metrics = lambda prediction: {}
+    trainer.evaluate()
+    (text,) = warned()
+    assert "label 0 always, over 24 examples" in text
+
+
 def test_predictions_that_somebody_asked_for_are_no_part_of_an_evaluation(tmp_path, warned):
     trainer = make(tmp_path)
     trainer.train()

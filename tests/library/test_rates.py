@@ -34,15 +34,17 @@ def is_inside(name: str) -> bool:
 
 
 def test_the_default_scale():
-    assert dict.fromkeys(INSIDE, 3.0) == DEFAULT_SCALE
-    assert term_scale("default") == {term: 3.0 if term in INSIDE else 1.0 for term in TERMS}
-    assert term_scale("uniform") == term_scale({}) == dict.fromkeys(TERMS, 1.0)
+    faster = (*INSIDE, "head")
+    assert dict.fromkeys(faster, 3.0) == DEFAULT_SCALE
+    assert term_scale("default") == {name: 3.0 if name in faster else 1.0 for name in (*TERMS, "head")}
+    assert term_scale("uniform") == term_scale({}) == dict.fromkeys((*TERMS, "head"), 1.0)
 
 
 def test_terms_symbols_and_presets_are_keys():
     scale = term_scale({"b_q": 2, "output_layernorm": 0.5})
     assert {term for term, factor in scale.items() if factor != 1.0} == {"query", "output_layernorm"}
     assert (scale["query"], scale["output_layernorm"]) == (2.0, 0.5)
+    assert term_scale({"head": 0.5})["head"] == 0.5
     assert term_scale({"query+intermediate": 4.0}) == term_scale({"query": 4.0, "intermediate": 4.0})
 
 
@@ -68,7 +70,9 @@ def test_wrong_scales_are_told_before_anything_is_prepared(given, error, message
 
 
 def test_a_scale_in_words():
-    assert describe_scale("default") == "b_q, b_k, b_v, b_m2 × 3"
+    assert describe_scale("default") == "b_q, b_k, b_v, b_m2, head × 3"
+    assert describe_scale("default", with_head=False) == "b_q, b_k, b_v, b_m2 × 3"
+    assert describe_scale({"head": 2}) == "head × 2"
     assert describe_scale("uniform") == "uniform"
     assert describe_scale({"b_LN1": 0.5, "b_q": 2}) == "b_LN1 × 0.5; b_q × 2"
 
@@ -82,8 +86,8 @@ def test_groups_of_bert_by_default():
     assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [
         ("delta", RATE, 0.0),
         ("delta:query+key+value+intermediate", 3 * RATE, 0.0),
-        ("head", RATE, 0.1),
-        ("head_no_decay", RATE, 0.0),
+        ("head", 3 * RATE, 0.1),
+        ("head_no_decay", 3 * RATE, 0.0),
     ]
     found = rates_by_name(model, groups)
     deltas = {name: rate for name, rate in found.items() if "bitfit_" in name}
@@ -135,9 +139,9 @@ def test_a_trainer_uses_them_with_every_schedule(tmp_path, optim: str, way: str)
     trainer.train()
     assert len(seen.rates) == 4
     start = seen.rates[0]
-    assert start == pytest.approx([RATE, 3 * RATE, RATE, RATE])
+    assert start == pytest.approx([RATE, 3 * RATE, 3 * RATE, 3 * RATE])
     for rates in seen.rates:
-        assert rates == pytest.approx([rates[0], 3 * rates[0], rates[0], rates[0]])
+        assert rates == pytest.approx([rates[0], *[3 * rates[0]] * 3])
     assert seen.rates[-1][0] < start[0]
 
 
@@ -145,7 +149,18 @@ def test_the_card_tells_the_rates(tmp_path):
     trainer = trainer_for(fresh(), tmp_path, max_steps=1)
     trainer.train()
     trainer.save_model(str(tmp_path / "out"))
-    assert "b_q, b_k, b_v, b_m2 × 3" in (tmp_path / "out" / "README.md").read_text()
+    assert "b_q, b_k, b_v, b_m2, head × 3" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_rate_of_its_own_for_the_head_wins_and_the_card_does_not_multiply_it(tmp_path):
+    groups = optimizer_groups(prepared(WRAPPED), RATE, head_learning_rate=RATE / 2)
+    assert [group["lr"] for group in groups if group["name"].startswith("head")] == [RATE / 2] * 2
+    trainer = trainer_for(fresh(), tmp_path, BitFitCallback(head_learning_rate=RATE / 2), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "b_q, b_k, b_v, b_m2 × 3" in card
+    assert "0.005" in card
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "bitfit_hf"
 # From the bottom to the top: a room imports from those before it and from itself.
 ROOMS = [
     "errors",
+    "notices",
     "backends",
     "terms",
     "training_run",
@@ -28,6 +30,7 @@ ROOMS = [
     "bank",
     "serving",
     "trainer",
+    "tables",
     "__init__",
     "cli",
 ]
@@ -142,3 +145,35 @@ def test_a_circle_inside_a_room_is_found(tmp_path):
     (package / "terms" / "heads.py").write_text("from .selection import select\n")
     (package / "terms" / "selection.py").write_text("def select():\n    from .heads import find\n")
     assert circles(package) == ["terms.heads", "terms.selection"]
+
+
+# --- what CONTRIBUTING says of the house ---
+
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its two first rows."""
+    text = CONTRIBUTING.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_table_of_rooms_is_the_list():
+    named = [name.rstrip("/") for row in table("The rooms") for name in re.findall(r"`([\w/]+)`", row[0])]
+    assert named == ROOMS
+
+
+def test_the_files_that_it_names_are_there():
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    below = {name for row in table("Private seams") for name in re.findall(r"`([a-z_/]+\.py)`", row[2])}
+    assert len(below) >= 15
+    assert not [name for name in below if not (PACKAGE / name).is_file()]
+    named = set(re.findall(r"`((?:tests|recipes|bitfit_hf|card|terms|tuner|trainer|storage)/[\w/]+\.\w+)`", text))
+    assert not [name for name in named if not any((root / name).is_file() for root in (PACKAGE, PACKAGE.parent))]
+
+
+def test_the_tests_that_it_names_are_there():
+    named = {name for row in table("Private seams") for name in re.findall(r"`(test_\w+)`", row[-1])}
+    assert len(named) >= 15
+    assert not [name for name in named if not (PACKAGE.parent / "tests" / "library" / f"{name}.py").is_file()]

@@ -15,6 +15,7 @@ import pytest
 from serving_tester import client_of, close, make_engine, served, text_for
 
 from bitfit_hf.serving.queue import BatchingQueue, Job
+from bitfit_hf.serving.tokenizing import TokenizingThread
 
 # --- the queue alone ---
 
@@ -101,6 +102,63 @@ def test_an_idle_queue_waits_for_others_and_no_longer():
 
     assert 0.19 < asyncio.run(main()) < 1
     assert sizes == [2, 1]
+
+
+def test_a_text_that_is_being_tokenized_is_waited_for_a_little_longer():
+    sizes: list[int] = []
+
+    def run(batch: list[Job]) -> list[Any]:
+        sizes.append(len(batch))
+        return [None] * len(batch)
+
+    async def main(comes: bool) -> None:
+        queue = BatchingQueue(run, max_batch_tokens=100, max_wait=0.1)
+        queue.start()
+        one = asyncio.ensure_future(queue.answers([Job(Text(3), lambda *_: None)]))  # type: ignore[arg-type]
+        queue.coming += 1
+        await asyncio.sleep(0.2)
+        queue.coming -= 1
+        if comes:
+            await queue.answers([Job(Text(3), lambda *_: None)])  # type: ignore[arg-type]
+        await one
+        await queue.stop()
+        assert queue._tokens == 0
+
+    asyncio.run(main(True))
+    asyncio.run(main(False))
+    assert sizes == [2, 1]
+
+
+def test_the_tokenizing_thread_takes_all_that_waits_and_mixes_nothing_up():
+    async def main() -> None:
+        thread = TokenizingThread()
+        threads: set[str] = set()
+        go = threading.Event()
+
+        def encode(number: int) -> int:
+            threads.add(threading.current_thread().name)
+            assert go.wait(10)
+            if number % 7 == 3:
+                raise ValueError(number)
+            return number
+
+        futures = [thread(lambda number=number: encode(number)) for number in range(50)]
+        futures[20].cancel()
+        go.set()
+        results = await asyncio.gather(*futures, return_exceptions=True)
+        for number, result in enumerate(results):
+            if number == 20:
+                assert isinstance(result, asyncio.CancelledError)
+            elif number % 7 == 3:
+                assert isinstance(result, ValueError)
+                assert result.args == (number,)
+            else:
+                assert result == number
+        assert threads == {"bitfit-tokenizing"}
+        thread.close()
+        assert all(one.name != "bitfit-tokenizing" for one in threading.enumerate())
+
+    asyncio.run(main())
 
 
 def test_an_error_reaches_who_asked_and_the_queue_goes_on():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,14 @@ import numpy as np
 import pytest
 import quickstart
 import torch
-from common import data as data_module
 from common import record as record_module
 from common.arguments import StudyArguments, parse
-from common.data import GLUE, GLUE_COLUMNS, by_length, load_glue, load_splits, subset
-from common.metrics import glue_metrics, word_accuracy
+from common.data import GLUE, GLUE_COLUMNS, by_length, evaluation_parts, halves, load_glue, load_splits, subset
+from common.hardware import computes_in_bf16
+from common.metrics import constant, glue_metrics, word_accuracy
 from common.models import locate, new_model, public_name
 from common.record import RunRecord, checkout, without_paths
-from common.training import Evaluation, Split, TaskData, chosen_method, summary, training_arguments
+from common.training import Evaluation, Split, Stopwatch, TaskData, chosen_method, summary, training_arguments
 from datasets import Dataset
 from recipe_fixtures import ROWS
 from scipy.stats import pearsonr, spearmanr
@@ -28,6 +29,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainerControl, TrainerState
 
 # --- arguments -------------------------------------------------------------------------------------------------------
+from bitfit_hf.tables import hub_data
 
 
 @dataclass
@@ -152,9 +154,9 @@ def test_a_data_set_that_is_a_script_is_read_from_the_hubs_conversion(monkeypatc
             raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
         return {"train": name}
 
-    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub_data, "load_dataset", load_dataset)
     assert load_splits("a/b", "en_ewt", revision=revision) == {"train": "a/b"}
-    assert asked[-1] == ("a/b", None, {"data_dir": "en_ewt", "revision": "refs/convert/parquet"})
+    assert asked[-1] == ("a/b", None, {"data_dir": "en_ewt", "revision": "refs/convert/parquet", "token": None})
     assert len(asked) == (2 if revision is None else 1)
 
 
@@ -162,7 +164,7 @@ def test_another_error_of_the_hub_is_shown(monkeypatch):
     def load_dataset(name, config=None, **options):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub_data, "load_dataset", load_dataset)
     with pytest.raises(RuntimeError, match="out of order"):
         load_splits("a/b")
 
@@ -272,6 +274,76 @@ def test_accuracy_over_words():
     assert word_accuracy()(EvalPrediction(np.eye(3)[tags.clip(0)], labels)) == {"accuracy": 3 / 4}
 
 
+def test_a_constant_answer_is_noticed():
+    classes, same = logits([0, 1, 1, 0]), logits([1, 1, 1, 1])
+    assert constant(EvalPrediction(classes, LABELS[:4])) is False
+    assert constant(EvalPrediction(same, LABELS[:4])) is True
+    values = np.array([[2.0], [2.0005], [2.001]])
+    assert constant(EvalPrediction(values, np.array([1.0, 2.0, 3.0]))) is True
+    assert constant(EvalPrediction(values + np.array([[0.0], [0.1], [0.0]]), np.array([1.0, 2.0, 3.0]))) is False
+    tags, labels = np.array([[1, 2], [1, 1]]), np.array([[0, -100], [1, 1]])
+    assert constant(EvalPrediction(tags, labels)) is True  # the one that differs stands where there is no word
+    assert constant(EvalPrediction(np.eye(3)[tags], np.array([[0, 1], [1, 1]]))) is False
+    assert constant(EvalPrediction((classes, classes), (LABELS, LABELS))) is None  # an answer's start and end
+
+
+# --- halves of a dev set ---------------------------------------------------------------------------------------------
+
+
+def test_halves_are_the_same_each_time_and_share_no_row():
+    rows = Dataset.from_dict({"n": list(range(101))})
+    (chosen, reported), again = halves(rows), halves(rows)
+    assert [list(half["n"]) for half in (chosen, reported)] == [list(half["n"]) for half in again]
+    assert (len(chosen), len(reported)) == (51, 50)
+    assert sorted([*chosen["n"], *reported["n"]]) == list(range(101))
+    assert list(chosen["n"]) != sorted(chosen["n"])  # a file's rows may be sorted by label
+
+
+def test_the_reported_half_is_named_so():
+    splits = {"matched": Dataset.from_dict({"n": [1, 2, 3]}), "mismatched": Dataset.from_dict({"n": [4, 5]})}
+    assert evaluation_parts(splits, False) is splits
+    parts = evaluation_parts(splits, True)
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        "matched": 2,
+        "report": 1,
+        "mismatched": 1,
+        "report_mismatched": 1,
+    }
+
+
+# --- hardware --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16 amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_vnni", False),  # no word of it begins alike
+        ("model name\t: bf16", False),
+    ],
+)
+def test_bf16_is_for_processors_that_compute_in_it(line, expected, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    assert computes_in_bf16(True, tmp_path / "cpuinfo") is expected
+    assert computes_in_bf16(True, tmp_path / "none") is False
+
+
+def test_a_stopwatch_adds_up_what_it_ran():
+    clock = Stopwatch()
+    clock.stop()
+    assert clock.read() == (0.0, 0.0)
+    clock.go()
+    time.sleep(0.02)
+    clock.stop()
+    first = clock.read()
+    assert first.wall >= 0.02 > first.processor  # asleep, and no processor
+    time.sleep(0.02)
+    assert clock.read() == first
+    clock.go()
+    assert clock.read().wall > first.wall
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +364,7 @@ def record() -> RunRecord:
         trainable={"body": 10, "head": 5, "base": 1000},
         bytes=99,
         seconds=1.5,
+        processor_seconds=1.2,
         data={"source": "local files", "rows": {"train": 8}},
     )
 

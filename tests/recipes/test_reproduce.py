@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -118,7 +119,7 @@ def fill_all(config: studies.StudyConfig, store: RunStore) -> None:
 def test_the_id_of_a_run_is_stable_and_is_of_all_that_it_depends_on(quick):
     (cell, _) = plan.expand(quick.config(), ["table3"])
     run = cell.run(1e-3, 1)
-    assert run.id == "quick-Tiny-full-lr0.001-seed1-05a98053"  # results that are kept are found by it
+    assert run.id == "quick-Tiny-full-lr0.001-seed1-408a645e"  # results that are kept are found by it
     others = [cell.run(1e-4, 1), cell.run(1e-3, 2)]
     others += [
         plan.expand(quick.config(**changes), ["table3"])[0].run(1e-3, 1)
@@ -131,6 +132,16 @@ def test_the_id_of_a_run_is_stable_and_is_of_all_that_it_depends_on(quick):
     assert len({run.id, *(other.id for other in others)}) == len(others) + 1
     for changes in ({"about": "Else."}, {"seeds_at_best": False}, {"ms_per_token": {"default": 9}}):
         assert plan.expand(quick.config(**changes), ["table3"])[0].run(1e-3, 1).id == run.id
+
+
+def test_a_run_by_other_rules_is_another_run(quick, monkeypatch):
+    """Results of before are not taken for those of today, whatever the study config says."""
+    (cell, _) = plan.expand(quick.config(), ["table3"])
+    store = RunStore(quick.folder)
+    fill(store, cell, {(1e-3, 0): 0.7})
+    assert store.get(cell.run(1e-3, 0)) is not None
+    monkeypatch.setattr(plan, "RULES", plan.RULES + 1)
+    assert store.get(cell.run(1e-3, 0)) is None
 
 
 def test_studies_share_runs_and_a_cell_is_the_union_of_its_parts(quick):
@@ -203,7 +214,8 @@ def test_every_study_config(name, tmp_path, capsys):
     """Its plan for every study, and that each run's arguments are options of its recipe."""
     config = studies.read_config(reproduce.config_path(name))
     assert config.name == name
-    assert set(config.studies) == set(studies.STUDIES)
+    assert set(config.studies) <= set(studies.STUDIES)
+    assert len(config.studies) >= (4 if name == "mpnet_cpu" else 7)
     for study in config.studies:
         kind = re.match("table|figure", study)
         option = [f"--{kind[0]}", study[-1]] if kind else ["--study", study]
@@ -233,15 +245,15 @@ def test_every_study_config(name, tmp_path, capsys):
         assert make_method(parsed.method, **parsed.options_of_method())
 
 
-def test_there_are_two_study_configs():
-    assert CONFIGS == ["minilm_cpu", "paper"]
+def test_there_are_three_study_configs():
+    assert CONFIGS == ["minilm_cpu", "mpnet_cpu", "paper"]
 
 
 def test_every_command_in_the_header_plans(tmp_path, capsys):
     lines = re.findall(
         r"^    (?:python|accelerate launch) recipes/reproduction/reproduce.py (.*)$", reproduce.__doc__, re.MULTILINE
     )
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         reproduce.main([*shlex.split(line), "--dry_run", "--results_dir", str(tmp_path)])
         assert "Missing: " in capsys.readouterr().out
@@ -279,7 +291,8 @@ def test_a_study_config_that_cannot_be(quick, changes, message):
         (["--order", "random"], "--order random"),
         (["--model_path", "Tiny"], "NAME=FOLDER"),
         (["--figure", "1"], "has no 'figure1'"),
-        (["--config", "nowhere"], "cannot be read"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "nowhere"], "--config nowhere: there is minilm_cpu, mpnet_cpu, paper; or give a YAML file"),
     ],
 )
 def test_options_that_cannot_be(quick, options, message):
@@ -320,7 +333,7 @@ def test_a_whole_table_is_rendered_from_stored_runs_without_a_new_run(quick, mon
     assert f"*paper, BERT-base* | *Frozen* |  | *56.9{MARK}*" in text
     assert paper.NOTE in text
     assert "not checked against the PDF" in paper.NOTE
-    assert "chosen on the dev set" in text
+    assert "the learning rate is chosen on the dev set that is reported" in text
     assert "Nothing: all 10 runs are there." in text
     assert "commit: 0123456789ab\n" in text
     assert "hardware: cores 1, cpu a processor" in text
@@ -371,6 +384,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_stopped(quick):
     blocked = Path(f"{quick.log}.block")
     blocked.write_text("1e-4")  # the second rate of the grid: two runs are done before it
@@ -395,6 +409,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(quick):
     assert not [path for path in store.work.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_concurrent_sweeps_never_do_a_run_twice(quick):
     task = study_values()["tasks"]["quick"]
     quick.config(tasks={"quick": {**task, "arguments": {"name": "quick", "pause": 0.2}}})
@@ -600,6 +615,23 @@ def test_costs_are_estimated_from_the_runs_that_are_there(quick):
     assert cost.CostModel(quick.config(), store, []).estimate(full.run(1e-3, 0)).seconds is None
 
 
+def test_a_plan_of_unknown_length_says_so_and_cuts_no_name(quick, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    long = "bitfit:query+intermediate"
+    quick.config(
+        methods={long: {"learning_rates": RATES}, "full": {"learning_rates": RATES}},
+        studies={"table3": [{"tasks": ["quick"], "methods": [long]}]},
+    )
+    reproduce.main(quick.argv("--dry_run"))
+    shown = capsys.readouterr().out
+    assert long in shown
+    assert "3 runs of unknown length" in " ".join(shown.split())
+    assert "hours" not in shown
+    quick.config(ms_per_token={"default": 2.0})
+    reproduce.main(quick.argv("--dry_run"))
+    assert "about 0.0 hours (10 runs at the speed" in " ".join(capsys.readouterr().out.split())
+
+
 # --- the paper's figures ---
 
 
@@ -694,6 +726,26 @@ def test_figures_are_drawn_from_stored_runs(pictured, monkeypatch):
     gap = (quick.folder / "generalization_gap.md").read_text()
     assert "| Tiny | quick | Full-FT | 95.5 | 75.0 | 20.5 ± 0.7 | 2 |" in gap
     assert "| Tiny | quick | BitFit | 77.5 | 75.0 | 2.5 ± 0.7 | 2 |" in gap
+
+
+def test_pictures_show_what_there_is(pictured):
+    """No error bar of a single seed, one legend apart from the curves, epochs as whole numbers."""
+    config, store, _ = pictured
+    context = Context(config, store, "quick")
+    _, by_size = figures._by_size(plan.expand(config, ["figure2"]), context)
+    assert not by_size.axes[0].containers  # every size has one seed
+    _, gap = figures._gap(plan.expand(config, ["generalization_gap"]), context)
+    for picture in (by_size, gap):
+        assert [len(legend.get_texts()) for legend in picture.legends] == [2 if picture is by_size else 4]
+        assert all(axis.get_legend() is None for axis in picture.axes)
+    assert [label.get_text() for label in gap.axes[0].get_xticklabels()] == ["1", "2"]
+    for cell in plan.expand(config, ["figure2"]):
+        if cell.task.train_rows == 100:
+            other = dataclasses.replace(cell, seeds={0: 0, 1: 0})
+            store.put(other.run(1e-3, 1), store.get(other.run(1e-3, 0)).record, 60.0)
+    cells = [dataclasses.replace(cell, seeds={0: 0, 1: 0}) for cell in plan.expand(config, ["figure2"])]
+    _, by_size = figures._by_size(cells, context)
+    assert [len(bars.lines[2][0].get_segments()) for bars in by_size.axes[0].containers] == [1, 1]
 
 
 def test_a_figure_without_runs_has_no_picture(quick):

@@ -1,4 +1,4 @@
-"""Every comparison system of the BitFit paper, and LoRA, behind one interface: see [`Method`]."""
+"""Every comparison system of the BitFit paper, LoRA, and BitFit by default, behind one interface: see [`Method`]."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from .adapter import Adapter
 from .base import Method, TrainableCount
-from .bitfit import BitFit
+from .bitfit import BitFit, BitFitDefault
 from .diff_pruning import DiffPruning
 from .full import Frozen, Full
 from .lora import Lora
@@ -21,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "diff_pruning": DiffPruning,
     "adapter": Adapter,
     "lora": Lora,
+    "bitfit_default": BitFitDefault,
 }
 
 __all__ = ["METHODS", "Method", "TrainableCount", "make_method"]

@@ -1,6 +1,8 @@
-"""BitFit with any subset of the bias terms: the library's own callback, nothing of it done again here."""
+"""BitFit, the paper's way or the library's: the library's own callback, nothing of it done again here."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -12,7 +14,7 @@ from .base import Folder, Method, size_of
 
 class BitFit(Method):
     """
-    Tunes bias terms and the task head (Ben Zaken, Ravfogel and Goldberg, 2022).
+    Tunes bias terms and the task head, all at one rate (Ben Zaken, Ravfogel and Goldberg, 2022).
 
     The preset `"query+intermediate"` is the paper's half-size subset, b_q and b_m2, and has no pooler in it; the
     reference code adds the pooler's bias to every subset, which here is asked for: `"query+intermediate+pooler"`.
@@ -25,6 +27,7 @@ class BitFit(Method):
     """
 
     learning_rates = (1e-4, 4e-4, 7e-4, 1e-3)
+    lr_scale: ClassVar[str] = "uniform"
 
     def __init__(self, terms: str = "all", *, add_missing_biases: bool = False, seed: int = 0) -> None:
         super().__init__(seed=seed)
@@ -43,7 +46,7 @@ class BitFit(Method):
         return model
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [BitFitCallback(lr_scale="uniform")]  # the paper's way: one rate for all terms
+        return [BitFitCallback(lr_scale=self.lr_scale)]
 
     def save(self, model: nn.Module, folder: Folder) -> int:
         BiasDelta.from_model(model).save_pretrained(folder, card=False)
@@ -52,3 +55,22 @@ class BitFit(Method):
     def load(self, model: PreTrainedModel, folder: Folder) -> PreTrainedModel:
         load_delta(model, str(folder))
         return model
+
+
+class BitFitDefault(BitFit):
+    """
+    BitFit as the library does it when nothing is set: all terms, each at its own multiple of the rate.
+
+    There is one rate, and no grid to search: the one that the documentation recommends.
+
+    Args:
+        add_missing_biases (`bool`, *optional*, defaults to `False`): See [`BitFitConfig`].
+        seed (`int`, *optional*): Unused: the deltas start at zero.
+    """
+
+    learning_rates = (1e-3,)
+    lr_scale = "default"
+
+    def __init__(self, *, add_missing_biases: bool = False, seed: int = 0) -> None:
+        super().__init__(add_missing_biases=add_missing_biases, seed=seed)
+        self.name = "bitfit_default"
