@@ -367,6 +367,7 @@ def test_only_the_same_step_has_the_same_batch_and_noise() -> None:
     assert drawn() != batch
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_otherwise_has_noise_of_its_own(tmp_path: Path) -> None:
     """Else the difference of the two ends would be that of two sums, without noise."""
 
