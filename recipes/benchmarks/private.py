@@ -6,9 +6,9 @@
 
 The systems take their steps in turn: BitFit without privacy; BitFit with per-example clipping and noise, as
 `PrivateTrainer` computes it; and `opacus.PrivacyEngine` on the biases and the head of the stock model, unfrozen by
-hand. On a CPU a step's time is the processor time of the process, which others disturb less. *Kept* is what the forward
-pass leaves in memory for the backward pass. All three have the same optimizer and batch, the two private ones the same
-clip, noise and sampling rate, and so the same ε, which is computed on both sides.
+hand. On a CPU a step's time is the processor time of the process, which others disturb less. *Kept* is what the
+forward pass leaves in memory for the backward pass. All three have the same optimizer and batch, the two private ones
+the same clip, noise and sampling rate, and so the same ε, which is computed on both sides.
 
 Each shape gives one JSON file in `recipes/benchmarks/results/`, `private.md` beside them shows all that are there.
 """

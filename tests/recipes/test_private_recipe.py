@@ -25,6 +25,7 @@ def options(study_base: str, study_data: Path) -> list[str]:
     return [*TINY.split(), "--model_name_or_path", study_base, "--data_dir", str(study_data)]
 
 
+@pytest.mark.slow
 def test_words_privately_and_without(recipe: Any, options: list[str], tmp_path: Path) -> None:
     private, plain = tmp_path / "private", tmp_path / "plain"
     words = ["--task", "pos", *options]
