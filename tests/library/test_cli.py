@@ -145,6 +145,37 @@ assert not heavy, heavy
     assert result.returncode == 0, result.stderr
 
 
+def test_completion_imports_nothing_heavy() -> None:
+    program = """
+import sys
+from bitfit_hf.cli import app
+try:
+    app(prog_name="bitfit")
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    environment = {
+        **os.environ,
+        "_BITFIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "bitfit tr",
+        "COMP_CWORD": "1",
+    }
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["train"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_at_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """No option's name is cut, and no line is longer than the terminal but examples, which are copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(command, "--help").out
+    assert not re.search(r"--?[\w,-]+…", text)
+    assert max(len(line) for line in text.partition("Arguments:")[2].splitlines()) <= 80
+
+
 def test_the_command_line_first_and_then_the_library() -> None:
     program = """
 import bitfit_hf.cli

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,14 +341,23 @@ def test_ctrl_c_ends_early_and_keeps_the_best_evaluation(
 def test_nothing_is_left_behind_by_a_run_that_fails(
     run: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(self: Any) -> Any:
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise OSError("the disk is full")
 
     monkeypatch.setattr(running.Run, "frozen", broken)
     table = reviews(tmp_path / "r.csv")
-    result = run("train", table, "--base", base, "-o", tmp_path / "t", "--epochs", 1, *FAST)
+    options = ("train", table, "--base", base, "-o", tmp_path / "t", "--epochs", 1, *FAST)
+    result = run(*options)
     assert (result.code, result.out) == (1, "")
     assert "the disk is full" in result.err
+    # The comparison comes after the delta, which is kept.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.csv", "t"]
+    assert {path.name for path in (tmp_path / "t").iterdir()} == FILES
+
+    shutil.rmtree(tmp_path / "t")
+    monkeypatch.setattr(running.Trainer, "evaluate", broken)
+    result = run(*options)
+    assert result.code == 1
     assert [path.name for path in tmp_path.iterdir()] == ["r.csv"]
 
 
