@@ -195,9 +195,10 @@ def _times(cells: Sequence[Cell], context: Context) -> list[str]:
         return ["No run yet."]
     note = (
         "Processor time of training in seconds, evaluations left out, on the hardware below. Between two evaluations "
-        "a score is taken to rise in a straight line; ≤: it was reached by the first. –: it was not reached. A score "
-        "of MRPC says little here: to answer yes to everything gives an F1 of 81."
+        "a score is taken to rise in a straight line; ≤: it was reached by the first. –: it was not reached."
     )
+    if any("MRPC" in cell.task.columns for cell in cells):
+        note += " MRPC says little of times: to answer yes to everything gives an F1 of 81."
     return [table(rows, 3), "", note]
 
 
@@ -211,7 +212,8 @@ def _picture(cells: Sequence[Cell], context: Context) -> Figure | None:
     ]
     if not panels:
         return None
-    picture, axes = new_axes(len(panels), across=3)
+    across = 2 if len(panels) == 4 else 3
+    picture, axes = new_axes(len(panels), across=across)
     for axis, (model, task, found) in zip(axes, panels):
         for name, one in found.items():
             scores = np.multiply(100, one.scores)
@@ -220,9 +222,9 @@ def _picture(cells: Sequence[Cell], context: Context) -> Figure | None:
             axis.axhline(100 * NEAR * max(found["full"].scores), linestyle=":", color="0.5", linewidth=1)
         axis.set_title(f"{model}, {task}", fontsize=10)
         axis.set_xlim(left=0)
-    for axis in axes[-3:]:
+    for axis in axes[-across:]:
         axis.set_xlabel("seconds of training, one core")
-    for axis in axes[::3]:
+    for axis in axes[::across]:
         axis.set_ylabel("score")
     shared_legend(picture, axes)
     return picture

@@ -187,6 +187,21 @@ def test_starts_as_the_base() -> None:
             assert torch.equal(outputs(method_for(name).prepare(fresh(arch)), arch).logits, expected), name
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
+def test_an_untrained_pooler_is_in_the_head_of_every_method(trained: bool) -> None:
+    for name in (*NAMES, "bitfit_default"):
+        base = fresh()
+        with torch.no_grad():
+            base.bert.pooler.dense.bias.fill_(0.1 if trained else 0.0)
+        size = sum(parameter.numel() for parameter in base.bert.pooler.parameters())
+        head = sum(parameter.numel() for parameter in base.classifier.parameters())
+        method = method_for(name)
+        model = method.prepare(base)
+        assert method.trainable(model).head == head + (0 if trained else size), name
+        weights = [p for key, p in model.named_parameters() if "pooler" in key and key.endswith("weight")]
+        assert trained or any(parameter.requires_grad for parameter in weights), name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_draws_from_its_own_seed_and_leaves_the_process_its_own(name: str) -> None:
     def prepared(seed: int, process_seed: int) -> dict[str, torch.Tensor]:
