@@ -204,7 +204,7 @@ async def verified(args: Arguments, server: Running, base: str, folders: dict[st
         "gone": gone,
         "lost": args.requests - len(outcome.latencies) - min(gone, sum(stream.may_be_gone)),
         "changes": dict(changes),
-        "memory": {"warm": warm[0], "end": warm[-1], "most": max(warm)},
+        "memory": {"warm": warm[0], "end": warm[-1], "most": max(warm), "samples": memory},
     }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -100,6 +101,9 @@ def merged(folder: str) -> None:
 
 def on_ray(application: Any) -> None:
     """Runs an application on a Ray of its own until the process is told to end."""
+    # Ray ends a proxy that is not up within seconds, which is short on cores that start everything else too.
+    for name in ("READY", "HEALTH"):
+        os.environ.setdefault(f"RAY_SERVE_PROXY_{name}_CHECK_TIMEOUT_S", "90")
     import ray
     from ray import serve
 

@@ -102,7 +102,7 @@ def place(world: Path) -> Iterator[tuple[str, Path]]:
                 assert process.poll() is None, (folder / "output").read_text()[-4000:]
                 return len(replicas(url)) == 2
 
-            until(up, 240, "two replicas are up")
+            until(up, 400, "two replicas are up")
             yield url, folder
         finally:
             process.send_signal(signal.SIGINT)
