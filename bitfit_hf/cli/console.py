@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -122,6 +120,8 @@ def quiet() -> Iterator[None]:
 
     Downloads show their progress where stderr is a terminal. Everything is put back afterwards.
     """
+    import logging
+
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -165,6 +165,8 @@ def emit(
         brief (`str`, *optional*): The one thing to print under `--quiet`, such as the folder that was written.
     """
     if as_json:
+        import json
+
         typer.echo(json.dumps(values, indent=2, allow_nan=False))
         return
     if brief is not None:
