@@ -69,9 +69,23 @@ class CommandLine(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         try:
+            self._check_words(info_name, args, parent)
             return super().make_context(info_name, args, parent, **extra)
         except _ClickException as error:
             _fail_usage(error)
+
+    def _check_words(self, info_name: str | None, args: list[str], parent: Any) -> None:
+        """Raises for commands and options that do not exist. Newer typers import pydantic to look at values."""
+
+        def context(command: Any, name: str | None, above: Any) -> Any:
+            return command.context_class(command, info_name=name, parent=above, **command.context_settings)
+
+        own = context(self, info_name, parent)
+        rest = self.make_parser(own).parse_args(list(args))[1]
+        if rest:
+            name, command, others = self.resolve_command(own, rest)
+            if command is not None:
+                command.make_parser(context(command, name, own)).parse_args(others)
 
     def invoke(self, ctx: Any) -> Any:
         try:
