@@ -13,6 +13,10 @@ _completing = "__version__" in globals()
 __version__ = "0.1.0.dev0"
 
 
+# Python's own import is called `_frozen_importlib` until somebody imports `importlib`; `runpy` is behind `python -m`.
+_IMPORTERS = ("importlib._bootstrap", "_frozen_importlib", "runpy")
+
+
 def _for_the_command_line() -> bool:
     """Whether this import is the first half of importing `bitfit_hf.cli`.
 
@@ -23,7 +27,7 @@ def _for_the_command_line() -> bool:
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_globals.get("__name__") in ("importlib._bootstrap", "runpy"):  # the latter for `python -m`
+        if frame.f_globals.get("__name__") in _IMPORTERS:
             asked = frame.f_locals.get("name") or frame.f_locals.get("mod_name")
             if isinstance(asked, str) and f"{asked}.".startswith(f"{__name__}.cli."):
                 return True

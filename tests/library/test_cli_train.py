@@ -368,7 +368,7 @@ def test_two_processes(base: Path, tmp_path: Path) -> None:
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml")),
         *("-m", "bitfit_hf.cli", "train", str(table), "--base", str(base), "-o", str(tmp_path / "t")),
-        *("--epochs", "8", "--json", *map(str, FAST)),
+        *("--epochs", "8", "--patience", "0", "--json", *map(str, FAST)),
     ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=tmp_path)

@@ -112,7 +112,7 @@ def evaluate(name: str, wanted: EvalWanted, *, token: str | None, quiet: bool) -
             ("Table", f"{table.name}: {len(table):,} rows" + (f", {skipped:,} left out" if skipped else "")),
             ("Device", f"{processes()} × {'accelerator' if accelerator() else 'CPU'}"),
         ],
-        [f"{encoded.cut:,} texts are longer than {length} tokens and are cut."] if encoded.cut else [],
+        _notes(encoded.cut, length, table, remembered),
     )
     answers = _predict(model, encoded, problem, tokenizer)
     if not is_first():
@@ -134,6 +134,15 @@ def evaluate(name: str, wanted: EvalWanted, *, token: str | None, quiet: bool) -
         "rows": {"evaluation": len(examples), "skipped": skipped},
         "predictions": None if wanted.predictions is None else str(wanted.predictions),
     }
+
+
+def _notes(cut: int, length: int, table: Table, remembered: dict[str, Any]) -> list[str]:
+    found = [f"{cut:,} texts are longer than {length} tokens and are cut."] if cut else []
+    if remembered.get("table") == table.name:
+        found.append(
+            f"The delta was trained on a table of the name {table.name}. Rows that were trained on flatter the model."
+        )
+    return found
 
 
 def problem_of(delta: BiasDelta, name: str) -> Problem:
