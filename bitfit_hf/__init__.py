@@ -58,6 +58,7 @@ if TYPE_CHECKING or _completing or not _for_the_command_line():
         "TaskBank",
         "base_mismatch",
         "bias_change",
+        "export_onnx",
         "load_delta",
         "merge_and_unload",
         "optimizer_groups",
@@ -67,15 +68,19 @@ if TYPE_CHECKING or _completing or not _for_the_command_line():
     ]
 
     if TYPE_CHECKING:
+        from .bank.onnx.graphs import export_onnx
         from .trainer.private.trainer import PrivateTrainer
+
+    # Imported when they are asked for: transformers' Trainer, which the one is made of, and what the other traces.
+    _LATER = {"PrivateTrainer": ".trainer.private.trainer", "export_onnx": ".bank.onnx.graphs"}
 
     def __getattr__(name: str) -> Any:
-        """Loads [`PrivateTrainer`] when it is asked for: transformers' Trainer, its base, is large."""
-        if name != "PrivateTrainer":
+        """Loads what few programs use, see `_LATER`."""
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .trainer.private.trainer import PrivateTrainer
+        from importlib import import_module
 
-        return PrivateTrainer
+        return getattr(import_module(_LATER[name], __name__), name)
 
     register()
 else:

@@ -25,6 +25,8 @@ __all__ = [
     "NoBiasesError",
     "NoMatchError",
     "NonFiniteDeltaError",
+    "OnnxExportError",
+    "OnnxGraphError",
     "OptimizerError",
     "PrivacyError",
     "PushError",
@@ -127,6 +129,14 @@ class PushError(BitFitError, OSError):
 
 class StockExportError(BitFitError, ValueError):
     """A delta cannot be written as an adapter that stock PEFT loads."""
+
+
+class OnnxExportError(BitFitError, ValueError):
+    """A base or a delta cannot be exported to ONNX."""
+
+
+class OnnxGraphError(BitFitError, ValueError):
+    """A folder with an ONNX graph is damaged, incomplete, or does not compute what its base computes."""
 
 
 class TaskBankError(BitFitError, ValueError):

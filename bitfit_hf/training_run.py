@@ -43,6 +43,8 @@ class TrainingRun:
     Attributes:
         weights_digest (`str`, *optional*):
             Of the tensors that a file ties these facts to: they speak of those and of no others. Not a fact itself.
+        card (`dict[str, Any]`):
+            What the user has said for the model card. It goes onto the card and into no other file.
     """
 
     hyperparameters: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.weights_digest: str | None = None
+        self.card: dict[str, Any] = {}
 
     def add_evaluation(self, values: dict[str, Any], dataloader: Any = None) -> None:
         """Takes in the metrics of an evaluation, perhaps of one data set among several.

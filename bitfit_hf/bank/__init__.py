@@ -12,6 +12,8 @@ How a batch of several tasks runs:
 4. The leaves of the head are each task's own, on the rows of its examples (`heads`).
 5. [`BankOutput`] picks each example's answer out of the output of its task's model (`output`).
 
+An [`Engine`](engine.py) may compute the backbone in one piece, from the same tables: ONNX Runtime does, see `onnx/`.
+
 Which dimension is the batch, and who reads a bias, was seen when the bank was made (`trial`, `base`). `watch` notices
 writes into the weights that the base shares with the model that was given. `predict` puts texts in front of a call
 (`texts`, `padding`, `positions`), and labels behind it.

@@ -19,6 +19,7 @@ from ..terms.survey import span_index
 from ..tuner.head import Labels
 from .base import Base
 from .batch import Batch, BatchTask, running
+from .engine import Engine
 from .output import BankOutput
 from .positions import Positions
 from .predict import EncodedText, Prediction, TextTask, predict, run_together
@@ -57,9 +58,17 @@ class TaskBank:
         example_inputs (`Mapping[str, torch.Tensor]`, *optional*):
             A batch as the model's forward takes it. A bank first runs its base on a few short made-up examples, to see
             what its layers make of a batch; for a model whose inputs cannot be made up, pass some.
+        engine (`str`, *optional*, defaults to `"torch"`):
+            What computes the backbone: `"torch"`, the base's own layers, for every architecture; or `"onnxruntime"`,
+            a frozen graph on the CPU (extra `onnx`), for those that [`export_onnx`] knows. Heads run in torch.
+        graph (`str` or `os.PathLike`, *optional*):
+            For `"onnxruntime"`: the folder that [`export_onnx`] wrote. Without it the base is exported when the bank
+            is made, which takes up to a minute.
 
     Raises:
         [`TaskBankError`]: The model cannot be served.
+        [`OnnxExportError`], [`OnnxGraphError`]: It cannot be exported; the graph is damaged.
+        [`BaseModelMismatchError`]: The graph is of another base.
 
     Example:
 
@@ -81,13 +90,21 @@ class TaskBank:
         dtype: torch.dtype = torch.float32,
         max_tasks: int | None = None,
         example_inputs: Mapping[str, torch.Tensor] | None = None,
+        engine: str = "torch",
+        graph: str | os.PathLike[str] | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise TaskBankError(f"`dtype` is one of {', '.join(map(str, _DTYPES))}, got {dtype!r}.")
         if max_tasks is not None and (isinstance(max_tasks, bool) or not isinstance(max_tasks, int) or max_tasks < 1):
             raise TaskBankError(f"`max_tasks` is a positive number of tasks, or None for no limit; got {max_tasks!r}.")
         self.tokenizer = tokenizer
-        self._base = Base(base_model, dtype=dtype, limit=max_tasks, example_inputs=example_inputs)
+        self._base = Base(
+            base_model,
+            dtype=dtype,
+            limit=max_tasks,
+            example_inputs=example_inputs,
+            engine=_engine(engine, base_model, graph, dtype),
+        )
         self._models = TaskModels(self._base)
         self._positions = Positions.of(self._base.model)
         self._store = TaskStore(self._base.sites, max_tasks, self._load)
@@ -400,6 +417,21 @@ class TaskBank:
     def max_length(self) -> int | None:
         """How many tokens the base takes, where its configuration says so."""
         return self._positions.most
+
+
+def _engine(name: str, base: nn.Module, graph: str | os.PathLike[str] | None, dtype: torch.dtype) -> Engine | None:
+    """What computes the backbone; `None` for its own layers."""
+    if name == "torch":
+        if graph is not None:
+            raise TaskBankError('`graph` is for `engine="onnxruntime"`, and the engine is "torch".')
+        return None
+    if name != "onnxruntime":
+        raise TaskBankError(f'`engine` is "torch" or "onnxruntime", got {name!r}.')
+    if dtype is not torch.float32:
+        raise TaskBankError(f'With `engine="onnxruntime"` the deltas in memory are torch.float32, got dtype={dtype}.')
+    from .onnx.session import OnnxEngine  # its packages are an extra
+
+    return OnnxEngine(base, graph)
 
 
 def _labels(delta: BiasDelta) -> Labels | None:

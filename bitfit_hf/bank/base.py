@@ -18,6 +18,7 @@ from ..terms import Bias, find_biases
 from ..terms.structure import stock_root, walk
 from ..tuner.nested import take, tensors
 from .batch import Batch, BatchTask, running
+from .engine import Engine, run_by_engine
 from .intercept import run_once, run_task_by_task
 from .layers import BankedLayer
 from .sites import Site
@@ -28,6 +29,7 @@ from .watch import Watch
 # delta on the wrong example amounts to, far above rounding.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _TOLERANCE_HALF = 0.2
+_ROWS = 7  # tasks in the tables of that trial
 
 
 class Base:
@@ -41,6 +43,7 @@ class Base:
         dtype (`torch.dtype`): Of the tables of deltas.
         limit (`int`, *optional*): The most tasks there will be.
         example_inputs (`Mapping[str, torch.Tensor]`, *optional*): For the trial run.
+        engine ([`Engine`], *optional*): What computes the backbone; by default its own layers do.
 
     Raises:
         [`TaskBankError`]: A bank cannot serve the model.
@@ -53,12 +56,14 @@ class Base:
         dtype: torch.dtype,
         limit: int | None = None,
         example_inputs: Mapping[str, torch.Tensor] | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        self.model = _shared_copy(_check(model))
+        self.model = shared_copy(check_model(model))
         self.backbone: PreTrainedModel = self.model.base_model  # type: ignore[assignment]
         self.device: torch.device = next(self.backbone.parameters()).device
         self.sites: list[Site] = []
         self.layers: dict[nn.Module, BankedLayer] = {}
+        self.engine = engine
         self._take_over(dtype, limit)
         self.no_rows = (0,) * len(self.sites)  # of a task that tunes nothing
         self.unsupported: set[Site] = set()
@@ -67,6 +72,8 @@ class Base:
         trial = Trial(self.backbone if inside.issuperset(self.layers) else self.model, example_inputs)
         self.answer_axes = trial.answer_axes
         self._arrange(trial)
+        if engine is not None:
+            self._hand_over(engine)
         self._verify(trial)
         self.watch = Watch(self.model, {id(bias) for layer in self.layers.values() for bias in layer.stored_biases()})
 
@@ -88,6 +95,13 @@ class Base:
         for path, sites in places.items():
             if modules[path] not in self.layers:  # a module may stand in several places
                 self.layers[modules[path]] = BankedLayer(path, modules[path], sites)
+
+    @property
+    def why_unsupported(self) -> str:
+        """What is said of a bias that is `unsupported`."""
+        if self.engine is not None:
+            return "is not among the biases of the engine's graph"
+        return "is used where the examples of a batch cannot be told apart"
 
     def run_once(self, module: nn.Module) -> nn.Module:
         """Makes a module, where it is more than a layer, run once for each batch; returns it."""
@@ -128,14 +142,38 @@ class Base:
             assert axes is not None
             run_task_by_task(path, trial.model.get_submodule(path), paths[path], *axes)
 
+    def _hand_over(self, engine: Engine) -> None:
+        """Lets an engine compute the backbone. Its tables then hold `b_0 + δ` of every bias."""
+        sites, stored = [], dict(self.backbone.named_parameters())
+        for name in engine.biases:
+            path, _, parameter = name.rpartition(".")
+            site = self.site_of(self.backbone.get_submodule(path), parameter)
+            assert site is not None  # the engine's biases are this base's
+            if site.exists and site.held is None:
+                site.hold(stored[name])
+            sites.append(site)
+        run_by_engine(self.backbone, engine, sites)
+        computed = set(sites)
+        inside = set(self.backbone.modules())
+        for module, layer in self.layers.items():
+            if module in inside:
+                self.unsupported.update(site for site in layer.sites.values() if site not in computed)
+        self.unsupported -= computed
+
     # --- is it right? ---
 
     def _verify(self, trial: Trial) -> None:
-        """Holds a mixed batch against its examples one by one; where they differ, splits the whole model instead."""
+        """Holds a mixed batch against its examples one by one, computed by the base's own layers.
+
+        Where they differ, the whole model is split instead; an engine cannot be, so there it is an error.
+        """
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        tolerance = _TOLERANCE.get(dtype, _TOLERANCE_HALF)
-        if self._error(trial) <= tolerance:
+        tolerance = _TOLERANCE.get(dtype, _TOLERANCE_HALF) if self.engine is None else self.engine.tolerance
+        error = self._error(trial)
+        if error <= tolerance:
             return
+        if self.engine is not None:
+            raise self.engine.mismatch(error)
         if trial.separable("") is not None:
             roots = {path for path, module in trial.model.named_modules() if module in (trial.model, self.backbone)}
             self._split(trial, {path: self.sites for path in roots if trial.separable(path) is not None})
@@ -149,17 +187,22 @@ class Base:
 
     @torch.no_grad()
     def _error(self, trial: Trial) -> float:
-        """The largest difference, as a share of what random deltas change."""
+        """The largest difference, as a share of what random deltas change; with a coarse engine, of the answers."""
+        coarse = self.engine is not None and self.engine.coarse
         inputs, size = trial.batch(SIZES[0]), SIZES[0]
         usable = [site for site in self.sites if site not in self.unsupported]
         tables = {site: site.table for site in self.sites}
         generator = torch.Generator().manual_seed(0)
-        first, second = ([number * (site in usable) for site in self.sites] for number in (1, 2))
+        # A task has other rows in other tables, so that a mix-up of tables shows.
+        first, second = (
+            [(1 + (task + site.number) % _ROWS) * (site in usable) for site in self.sites] for task in (0, 1)
+        )
         tasks = [BatchTask([0, 2], first), BatchTask([1], second)]
         worst, change = 0.0, 0.0
         try:
             for site in usable:
-                deltas = 0.1 * torch.randn((3, site.size), generator=generator)
+                # Large deltas make rounding to 8 bits large too; of a coarse engine only another graph is to show.
+                deltas = (0.02 if coarse else 0.1) * torch.randn((1 + _ROWS, site.size), generator=generator)
                 deltas[0] = 0
                 site.table = deltas.to(site.table) + site.table  # row 0 is the base's
             mixed = _outputs(trial, tasks, inputs)
@@ -167,20 +210,24 @@ class Base:
                 for example in task.examples:
                     index = torch.tensor([example], device=self.device)
                     one = {name: take(value, 0, index, size) for name, value in inputs.items()}
-                    alone = _outputs(trial, [BatchTask([0], task.rows)], one)
-                    plain = _outputs(trial, [BatchTask([0], self.no_rows)], one)
+                    alone = _outputs(trial, [BatchTask([0], task.rows)], one, by_layers=True)
+                    plain = _outputs(trial, [BatchTask([0], self.no_rows)], one, by_layers=True)
                     for path, value in alone.items():
                         worst = max(worst, _gap(mixed[path][example : example + 1], value))
-                        change = max(change, _gap(plain[path], value))
+                        change = max(change, _gap(torch.zeros_like(value) if coarse else plain[path], value))
         finally:
             for site, table in tables.items():
                 site.table = table
         return worst / max(change, 1e-6)
 
 
-def _outputs(trial: Trial, tasks: list[BatchTask], inputs: Mapping[str, torch.Tensor]) -> dict[Any, torch.Tensor]:
+def _outputs(
+    trial: Trial, tasks: list[BatchTask], inputs: Mapping[str, torch.Tensor], *, by_layers: bool = False
+) -> dict[Any, torch.Tensor]:
     """The outputs that have the batch first."""
-    with running(Batch(tasks, sum(len(task.examples) for task in tasks))):
+    batch = Batch(tasks, sum(len(task.examples) for task in tasks))
+    batch.by_layers = by_layers
+    with running(batch):
         found = tensors(trial.model(**inputs))
     return {path: t for path, t in found.items() if trial.answer_axes.get(path) == 0 and t.is_floating_point()}
 
@@ -189,7 +236,7 @@ def _gap(one: torch.Tensor, two: torch.Tensor) -> float:
     return torch.nan_to_num(one.float() - two.float(), nan=0.0, posinf=0.0, neginf=0.0).abs().max().item()
 
 
-def _check(model: nn.Module) -> PreTrainedModel:
+def check_model(model: nn.Module) -> PreTrainedModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TaskBankError(
             f"This {type(model).__name__} has PEFT adapters injected. A bank needs the stock base model; add the "
@@ -209,7 +256,7 @@ def _check(model: nn.Module) -> PreTrainedModel:
     return root
 
 
-def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A deep copy of everything but the values of the tensors, which it shares."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for module in model.modules():

@@ -68,6 +68,7 @@ class Batch:
         answering (`Sequence[BatchTask]`): The tasks whose head is running.
         shared (`dict`, *optional*): What modules of the base have computed for this batch, where several task models
             share them, see [`bitfit_hf.bank.intercept`].
+        by_layers (`bool`): Whether the base's own layers compute it, whatever the bank's engine.
         read_outside (`set`, *optional*): In a trial run, collects the layers whose bias other code than their own
             reads.
     """
@@ -81,6 +82,7 @@ class Batch:
         self.inside: object | None = None
         self.answering: Sequence[BatchTask] = ()
         self.shared: dict[nn.Module, list[tuple[Any, Any]]] | None = None
+        self.by_layers = False
         self.read_outside: set[object] | None = None
         self._rows: dict[tuple[int, torch.device], tuple[torch.Tensor, ...]] = {}
         if len(tasks) > 1:
@@ -121,6 +123,13 @@ class Batch:
             found = self._table.to(device).repeat_interleave(each, dim=1).unbind()
             self._rows[each, device] = found
         return found[site]
+
+    def rows_of(self, sites: Sequence[int], each: int) -> torch.Tensor:
+        """As [`~Batch.table_rows`] for several sites, `(sites, examples * each)`, of a batch of one task too."""
+        if self.only_task is not None:
+            rows = self.only_task.rows_tensor[list(sites), None]
+            return rows.expand(-1, self.size * each).contiguous()
+        return self._table[list(sites)].repeat_interleave(each, dim=1)
 
     def run_only(self, task: BatchTask, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs a module with one task's deltas."""

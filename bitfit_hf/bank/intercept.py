@@ -7,7 +7,7 @@ head ([`bitfit_hf.bank.heads`]) use it too. Here are the two that need not know 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,9 +49,7 @@ def run_once(module: nn.Module) -> None:
     def run(batch: Batch, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if batch.shared is None:
             return forward(*args, **kwargs)
-        named = dict(signature.bind(None, *args, **kwargs).arguments)
-        named |= named.pop("kwargs", {})
-        named = {name: value for name, value in named.items() if not _is_default(name, value)}
+        named = named_arguments(signature, args, kwargs)
         known = batch.shared.setdefault(module, [])
         for arguments, result in known:
             if same(arguments, named):
@@ -61,6 +59,18 @@ def run_once(module: nn.Module) -> None:
         return result
 
     intercept(module, run)
+
+
+def named_arguments(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, without those that are what they are by default.
+
+    Args:
+        signature (`inspect.Signature`): Of the class's forward, `self` included.
+        args (`Sequence`), kwargs (`Mapping`): As they were passed.
+    """
+    named = dict(signature.bind(None, *args, **kwargs).arguments)
+    named |= named.pop("kwargs", {})
+    return {name: value for name, value in named.items() if not _is_default(name, value)}
 
 
 def _is_default(name: str, value: Any) -> bool:

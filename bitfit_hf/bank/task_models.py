@@ -21,6 +21,7 @@ from ..terms.structure import walk
 from ..terms.tasks import BY_PEFT_NAME, FEATURE_EXTRACTION, TASKS, library_class, task_of_class
 from ..tuner.reading import stock_class
 from .base import Base
+from .engine import run_with_own_pooler
 from .heads import HeadParameter, read_parameter_of_the_task, run_head_of_each_task
 from .padding import Padding
 from .sites import Site
@@ -92,7 +93,7 @@ class TaskModel:
             elif site.exists != bias.exists:
                 problems.append(f"{name} {'was added to a base without it' if site.exists else 'is not in the base'}")
             elif site in self._base.unsupported:
-                problems.append(f"{name} is used where the examples of a batch cannot be told apart")
+                problems.append(f"{name} {self._base.why_unsupported}")
             else:
                 sites[name] = site
         if problems:
@@ -279,6 +280,15 @@ def _make(base: Base, cls: type[PreTrainedModel], config: BitFitConfig, tokenize
     return TaskModel(base, model, head)
 
 
+def _check_only_pooler(backbone: str, head: Mapping[str, nn.Module], name: str) -> None:
+    others = [leaf for leaf in head if leaf.startswith(f"{backbone}.") and ".pooler." not in leaf]
+    if others:
+        raise TaskBankError(
+            f"The head of this {name} has parts inside the backbone, which this bank's engine computes as a whole:"
+            f'{collect(others)}\nServe it with a bank of `engine="torch"`.'
+        )
+
+
 def _adopt(base: Base, model: PreTrainedModel, head: Mapping[str, nn.Module]) -> None:
     """Puts the base's modules into a task model, in place of those of the same name that hold no leaf of the head."""
     prefix = next(path for path, module in walk(model) if module is model.base_model)
@@ -297,5 +307,8 @@ def _adopt(base: Base, model: PreTrainedModel, head: Mapping[str, nn.Module]) ->
                 setattr(parent, name, base.run_once(twin))
             else:
                 visit(child, path)
+                if path == prefix and base.engine is not None:
+                    _check_only_pooler(path, head, type(model).__name__)
+                    run_with_own_pooler(child, base.run_once(base.backbone))
 
     visit(model, "")

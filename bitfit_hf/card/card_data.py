@@ -46,6 +46,7 @@ class BitFitCardData:
         eval_dataset (`str`, *optional*), eval_config (`str`, *optional*), eval_split (`str`, *optional*):
             What the metrics are about; where nothing is known of that, the training data set.
         language (`str` or `list[str]`, *optional*), license (`str`, *optional*): Metadata that only people know.
+        widget (`list[dict[str, Any]]`, *optional*): Examples for the Hub's page, such as `[{"text": "A fine film."}]`.
         repo_id (`str`, *optional*): Where the delta lives on the Hub.
         digest (`str`, *optional*): Of delta and head.
         num_bytes (`int`, *optional*): Size of the tensors.
@@ -77,6 +78,7 @@ class BitFitCardData:
     eval_split: str | None = None
     language: str | list[str] | None = None
     license: str | None = None
+    widget: list[dict[str, Any]] | None = None
     repo_id: str | None = None
     digest: str | None = None
     num_bytes: int | None = None
@@ -222,7 +224,7 @@ class BitFitCardData:
                     dataset_split=split,
                     metric_type=metric,
                     metric_value=value,
-                    metric_name=metric.replace("_", " "),
+                    metric_name=metric_words(metric),
                 )
                 for metric, value in self.metrics.items()
                 if metric != "loss" or len(self.metrics) == 1
@@ -236,6 +238,7 @@ class BitFitCardData:
             datasets=[self.dataset] if self.dataset and hub_name(self.dataset) else None,
             language=self.language,
             license=self.license,
+            widget=self.widget,
             eval_results=results or None,
             model_name=self.title if results else None,
         )
@@ -243,3 +246,8 @@ class BitFitCardData:
     def percent(self, count: int) -> str:
         """`count` as a share of the base's size."""
         return f"{100 * count / (self.base_num_parameters or math.inf):.3g} %"
+
+
+def metric_words(name: str) -> str:
+    """A metric's name as cards show it."""
+    return name.replace("_", " ")

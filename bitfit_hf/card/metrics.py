@@ -12,7 +12,10 @@ import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..config import BitFitConfig
 from ..storage.files import CARD_FILE
+from .card_data import BitFitCardData, metric_words
+from .text import titled
 
 
 def add_card(folder: Path, path_or_repo: str, *, token: str | None = None) -> None:
@@ -42,6 +45,23 @@ def card_metrics(card: Path) -> list[dict[str, Any]]:
         }
         for result in results
     ]
+
+
+def known_metrics(config: BitFitConfig, card: Path) -> list[dict[str, Any]]:
+    """What is known of a delta's quality: from the facts of its training, which the card quotes, and from the card.
+
+    Args:
+        config ([`BitFitConfig`]): Of the delta; its `run` has the metrics of the last evaluation.
+        card (`Path`): Where somebody may have added results.
+    """
+    data = BitFitCardData.from_config(config)
+    where = data.evaluated_on or (None, None, None)
+    own = [
+        {"dataset": titled(where[0], where[1]), "split": where[2], "metric": metric_words(name), "value": value}
+        for name, value in data.metrics.items()
+    ]
+    names = {row["metric"] for row in own}
+    return own + [row for row in card_metrics(card) if row["metric"] not in names]
 
 
 def _plain_value(value: Any) -> Any:

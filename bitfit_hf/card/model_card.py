@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 
 from ..config import BitFitConfig
 from ..delta.value import BiasDelta
+from ..errors import ConfigError, collect
 from ..storage.files import CARD_FILE, write_bytes
 from ..terms import SYMBOLS
 from ..training_run import TrainingRun
@@ -27,7 +28,22 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # Facts that people give, and the key in the header where each is shown.
-_KEYS = {"language": "language", "license": "license", "dataset": "datasets", "base_model": "base_model"}
+_KEYS = {
+    "language": "language",
+    "license": "license",
+    "dataset": "datasets",
+    "base_model": "base_model",
+    "widget": "widget",
+}
+# What [`BitFitCallback`] and [`push_to_hub`] take as `card`.
+FACTS_OF_USERS: dict[str, type | tuple[type, ...]] = {
+    "license": str,
+    "language": (str, list),
+    "dataset": str,
+    "dataset_config": str,
+    "eval_split": str,
+    "widget": list,
+}
 
 
 def make_card(data: BitFitCardData, *, told: Collection[str] = ()) -> ModelCard:
@@ -55,6 +71,31 @@ def make_card(data: BitFitCardData, *, told: Collection[str] = ()) -> ModelCard:
     )
 
 
+def check_card_facts(card: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The facts that a user gives for a card, checked.
+
+    Args:
+        card (`Mapping[str, Any]`, *optional*): By name, see [`FACTS_OF_USERS`].
+
+    Raises:
+        [`ConfigError`]: One is not known, or has the wrong type.
+    """
+    if card is None:
+        return {}
+    if not isinstance(card, Mapping):
+        raise ConfigError(f"`card` must be a mapping of facts for the model card, got {type(card).__name__}.")
+    problems = []
+    for name, value in card.items():
+        kinds = FACTS_OF_USERS.get(name)
+        if kinds is None:
+            problems.append(f"{name!r} is none of {', '.join(FACTS_OF_USERS)}")
+        elif value is not None and not isinstance(value, kinds):
+            problems.append(f"{name!r} is {value!r:.40} ({type(value).__name__})")
+    if problems:
+        raise ConfigError(f"`card` holds what a model card cannot show:{collect(problems)}")
+    return {name: value for name, value in card.items() if value is not None}
+
+
 def write_card(
     folder: str | os.PathLike[str],
     config: BitFitConfig | None = None,
@@ -77,7 +118,7 @@ def write_card(
         delta ([`BiasDelta`], *optional*): The delta itself, where it is at hand.
         previous (`str`, *optional*): Text of the card before somebody else wrote over it.
         facts: Fields of [`BitFitCardData`] that nobody but the caller knows: `repo_id`, `dataset`, `dataset_config`,
-            `eval_split`, `language`, `license`, `base_model` (its name on the Hub).
+            `eval_split`, `language`, `license`, `widget`, `base_model` (its name on the Hub).
 
     Returns:
         `Path`: The card.
@@ -104,6 +145,10 @@ def write_card(
         logger.warning("%s has not been renewed: %s. Mend or remove it, and save again.", CARD_FILE, error)
         return path
     known = run or config.run
+    given = {name: value for name, value in facts.items() if value is not None}
+    there = set(old.metadata) if old is not None else set()  # a person may have changed what was told before
+    before = {} if known is None else {n: v for n, v in known.card.items() if _KEYS.get(n, n) not in there}
+    facts = {**before, **given}
     if old is not None and facts.get("dataset") is None and (known is None or known.dataset is None):
         facts["dataset"] = old.only_dataset()
     data = BitFitCardData.from_config(config, run=run, delta=delta, folder=folder, **facts)

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import CheckpointError, OutputError
 from .console import Command, CommandLine, OnMismatch, emit
+from .options import Json, Quiet, Token
 
 app = typer.Typer(
     name="bitfit",
@@ -23,9 +24,7 @@ app = typer.Typer(
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the model or delta that is in the output folder.")]
-Token = Annotated[str | None, typer.Option("--token", help="For private and gated repos; by default the saved one.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")]
 Delta = Annotated[str, typer.Argument(metavar="DELTA", help="Folder or Hub repo of a delta.")]
 DeltaRevision = Annotated[
@@ -144,6 +143,7 @@ def merge(
     ] = OnMismatch.RAISE,
     force: Force = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write base and delta together as a stock checkpoint.
@@ -173,7 +173,7 @@ def merge(
         of_delta = preprocessing_folder(delta, revision=source.name, token=token)
         copy_preprocessing([of_delta, of_base], folder)
     values = {"output": str(output), "model_class": type(merged).__name__, "dtype": str(merged.dtype)[6:]}
-    emit({**values, "files": sorted(os.listdir(output))}, as_json)
+    emit({**values, "files": sorted(os.listdir(output))}, as_json, brief=str(output) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -188,6 +188,7 @@ def extract(
     ] = None,
     force: Force = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Make a delta of a checkpoint that other code has tuned.
@@ -202,12 +203,14 @@ def extract(
     """
     from ..delta.value import BiasDelta
     from .checkpoints import check_output, is_local, load_model, model_class, read_model_config
+    from .deltas import tell_if_nothing_changed
 
     output = check_output(output, force=force)
     cls = model_class(read_model_config(tuned, revision=tuned_revision, token=token), tuned)
     before = load_model(base, cls, revision=base_revision, token=token, complete=True)
     after = load_model(tuned, cls, revision=tuned_revision, token=token, complete=True)
     value = BiasDelta.from_models(before, after)
+    tell_if_nothing_changed(value, before, base, tuned)
     local = os.path.abspath(base) if is_local(base) else base
     if base_model not in (None, base):
         value.config.revision = None  # a commit of BASE
@@ -221,14 +224,24 @@ def extract(
         "head": value.num_parameters(head=True) - value.num_parameters(),
         "largest_error": value.extraction_error,
     }
-    emit(values, as_json)
+    emit(values, as_json, brief=str(output) if quiet else None)
 
 
 @app.command(cls=Command)
 def export(
-    delta: Delta,
+    name: Annotated[
+        str, typer.Argument(metavar="DELTA|BASE", help="Folder or Hub repo of a delta; with --onnx of a base model.")
+    ],
     output: Folder,
-    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the only format).")] = False,
+    stock: Annotated[bool, typer.Option("--stock", help="As a plain PEFT LoRA adapter (the default).")] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="A base as one ONNX graph for all of its tasks.")] = False,
+    onnx_adapter: Annotated[
+        bool, typer.Option("--onnx-adapter", help="A task as an ONNX Runtime adapter, with its graph.")
+    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="With --onnx: the weights in 8 bits.")] = False,
+    add_missing_biases: Annotated[
+        bool, typer.Option("--add-missing-biases", help="With --onnx: inputs for biases that the base does not have.")
+    ] = False,
     base: Annotated[
         str | None, typer.Option("--base", help="Folder or Hub repo of the base; by default the one the delta names.")
     ] = None,
@@ -239,28 +252,54 @@ def export(
     token: Token = None,
     as_json: Json = False,
 ) -> None:
-    """Write a delta in a form that loads without bitfit_hf.
+    """Write a delta in a form that loads without bitfit_hf, or a base as the ONNX graph of a bank.
 
-    With --stock, as a LoRA adapter that stock peft and transformers load with the same outputs.
+    As a LoRA adapter (--stock) stock peft and transformers load a delta with the same outputs; as an ONNX Runtime
+    adapter (--onnx-adapter) stock onnxruntime does. The graph of a base (--onnx) runs all of its tasks:
+    TaskBank(..., engine="onnxruntime", graph=DIR). Tokenizer files and the card come along.
 
     \b
     Examples:
-      bitfit export user/bert-base-rte-bitfit --stock -o rte-lora
-      bitfit export ./rte --stock --base ./bert -o rte-lora
+      bitfit export user/bert-base-rte-bitfit -o rte-lora
+      bitfit export ./rte --onnx-adapter --base ./bert -o rte-onnx
+      bitfit export bert-base-uncased --onnx --int8 -o bert-graph
     """
-    from ..delta.lora_export import export_stock
-    from .checkpoints import new_folder
+    from . import exporting
+    from .checkpoints import new_folder, preprocessing_folder
+    from .deltas import base_revision as revision_of_base
     from .deltas import load_base, read_delta
 
-    if not stock:
-        raise typer.BadParameter("Say which format: `--stock` is the one there is.")
+    if stock + onnx + onnx_adapter > 1:
+        raise typer.BadParameter("--stock, --onnx and --onnx-adapter are three formats; choose one.")
+    if (int8 or add_missing_biases) and not onnx:
+        raise typer.BadParameter("--int8 and --add-missing-biases go with --onnx.")
     with new_folder(output, force=force) as folder:
-        value, _ = read_delta(delta, delta_revision, token)
-        name = base or value.config.base_model_name_or_path
-        if name is None:
-            raise CheckpointError(f"{delta} does not name its base; pass --base.")
-        export_stock(value, folder, base=load_base(name, value, base_revision, task_type, token))
-    emit({"output": str(output), "base_model": name, "files": sorted(os.listdir(output))}, as_json)
+        if onnx:
+            values = {
+                "model_class": exporting.write_graph(
+                    name,
+                    folder,
+                    int8=int8,
+                    add_missing_biases=add_missing_biases,
+                    revision=base_revision,
+                    token=token,
+                )
+            }
+        else:
+            delta, source = read_delta(name, delta_revision, token)
+            base = base or delta.config.base_model_name_or_path
+            if base is None:
+                raise CheckpointError(f"{name} does not name its base; pass --base.")
+            model = load_base(base, delta, base_revision, task_type, token)
+            revision = revision_of_base(base, delta, base_revision)
+            of_base = preprocessing_folder(base, revision=revision, token=token)
+            if onnx_adapter:
+                exporting.write_adapter(delta, model, folder, Path(name).name)
+            else:
+                exporting.write_stock(delta, model, folder)
+            exporting.copy_companions(source, of_base, folder)
+            values = {"base_model": base}
+    emit({"output": str(output), **values, "files": sorted(os.listdir(output))}, as_json)
 
 
 @app.command(cls=Command)
@@ -278,6 +317,7 @@ def push(
         bool, typer.Option("--stock", help="Add stock/, which loads without bitfit_hf. Loads the base.")
     ] = False,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Push a delta and its model card to the Hub.
@@ -311,7 +351,7 @@ def push(
         "url": commit.commit_url,
         "pull_request": commit.pr_url,
     }
-    emit(values, as_json)
+    emit(values, as_json, brief=(commit.pr_url or commit.commit_url) if quiet else None)
 
 
 @app.command(cls=Command)
@@ -321,6 +361,7 @@ def plot(
     title: Annotated[str | None, typer.Option("--title", help="Written above the picture.")] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the repo.")] = None,
     token: Token = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Draw how far each bias has moved (the paper's Figure 1).
@@ -343,4 +384,4 @@ def plot(
     rows = bias_change(read_delta(delta, revision, token)[0])
     plot_bias_change(rows, output, title=title)
     drawn = {"unit": UNIT, "rows": [vars(row) for row in rows]} if as_json else {}
-    emit({"output": str(output), **drawn}, as_json)
+    emit({"output": str(output), **drawn}, as_json, brief=str(output) if quiet else None)

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from ..bank.onnx.folder import GRAPH_FILE
 from ..config import BitFitConfig
 from ..errors import CheckpointError, OutputError
 from ..hub.contents import TOKENIZER_FILES
@@ -186,10 +187,14 @@ def check_output(folder: Path, *, force: bool) -> Path:
     folder = Path(os.path.abspath(folder.expanduser()))
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; pass the folder to write to.")
+    above = next((path for path in folder.parents if path.exists()), folder)
+    if above != folder and not (above.is_dir() and os.access(above, os.W_OK)):
+        why = "may not be written to" if above.is_dir() else "is a file"
+        raise OutputError(f"{folder} cannot be written: {above} {why}.")
     entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if entries and not force:
         raise OutputError(f"{folder} is not empty; pass another folder, or --force to replace the model in it.")
-    if entries and not entries & {MODEL_CONFIG, CONFIG_FILE}:
+    if entries and not entries & {MODEL_CONFIG, CONFIG_FILE, GRAPH_FILE}:
         raise OutputError(f"{folder} holds something other than a model, which --force does not replace.")
     return folder
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..analysis import bias_change, pieces, term_counts
-from ..card.metrics import card_metrics
+from ..card.metrics import known_metrics
 from ..delta.value import BiasDelta
 from ..errors import BaseModelMismatchError, NoBiasesError, UnknownHeadError
 from ..storage.files import CARD_FILE
@@ -57,7 +57,7 @@ def inspect_delta(delta: BiasDelta, folder: Path, name: str, *, largest: int) ->
         "num_labels": config.num_labels,
         "labels": None if config.id2label is None else [config.id2label[i] for i in sorted(config.id2label)],
         "problem_type": config.problem_type,
-        "metrics": card_metrics(folder / CARD_FILE),
+        "metrics": known_metrics(config, folder / CARD_FILE),
         "largest_changes": [vars(row) for row in bias_change(delta).largest(largest)],
         "files": sizes,
         "bytes": sum(sizes.values()),

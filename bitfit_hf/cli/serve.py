@@ -45,6 +45,13 @@ def serve(
         int | None, _option("--max-tasks", panel=TASKS, help="Tasks in memory; others are read when asked for.")
     ] = None,
     base_revision: Annotated[str | None, _option("--base-revision", panel=TASKS, help="Of the base's repo.")] = None,
+    engine: Annotated[
+        str, _option("--engine", panel=TASKS, help="torch, or onnxruntime (extra onnx): a frozen graph on the CPU.")
+    ] = "torch",
+    graph: Annotated[
+        str | None,
+        _option("--graph", panel=TASKS, metavar="DIR", help="For onnxruntime: from `bitfit export BASE --onnx`."),
+    ] = None,
     pooling: Annotated[
         str | None, _option("--pooling", panel=TASKS, help="For /embed: mean or cls. By default the base says.")
     ] = None,
@@ -129,23 +136,25 @@ def serve(
             max_input_chars=max_input_chars,
             max_body_bytes=max_body_bytes,
             auto_truncate=auto_truncate,
+            engine=engine,
+            graph=graph,
             pooling=pooling,
             host=host,
             port=port,
             drain_seconds=drain_seconds,
         )
         listening = listen(host, port)
-        engine, problems = load_engine(settings)
+        server, problems = load_engine(settings)
     for problem in problems:
         typer.echo(f"bitfit: warning: left out: {printable(problem)}", err=True)
     address, bound = listening.getsockname()[:2]
-    names = [info.name for info in engine.tasks.infos()]
+    names = [info.name for info in server.tasks.infos()]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     listed = f": {', '.join(names[:_SHOWN])}{more}" if names else ""
     shown = f"[{address}]" if ":" in address else address
     line = f"Serving {len(names)} tasks on {Path(base).name} at http://{shown}:{bound}{listed}"
-    serve(engine, listening, ready=lambda: typer.echo(line))
-    typer.echo(f"Ended. {engine.answered} of {engine.accepted} accepted requests were answered.")
+    serve(server, listening, ready=lambda: typer.echo(line))
+    typer.echo(f"Ended. {server.answered} of {server.accepted} accepted requests were answered.")
 
 
 def _named(entry: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import Command, OnMismatch, emit
+from .options import Json, Quiet, Token
 from .train import settings as recommended
 
 
@@ -76,11 +77,6 @@ Separator = Annotated[
         "--separator", metavar="SIGN", panel=TABLE, help="Between values of a CSV file; by default its header says."
     ),
 ]
-Token = Annotated[
-    str | None, typer.Option("--token", metavar="TOKEN", help="For private and gated repos; by default the saved one.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone, in one line.")]
 
 
 def train(
@@ -126,10 +122,10 @@ def train(
     ] = recommended.LEARNING_RATE,
     head_learning_rate: Annotated[
         float | None,
-        _option("--head-learning-rate", metavar="RATE", panel=TRAINING, help="Of the head; else the same."),
+        _option("--head-learning-rate", metavar="RATE", panel=TRAINING, help="Of the head; else by --rates."),
     ] = None,
     rates: Annotated[
-        Rates, _option("--rates", panel=TRAINING, help="By bias term: our scale, or the paper's one rate for all.")
+        Rates, _option("--rates", panel=TRAINING, help="By bias term and head: our scale, or the paper's one rate.")
     ] = Rates.DEFAULT,
     terms: Annotated[
         list[str],

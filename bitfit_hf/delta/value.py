@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from ..config import BitFitConfig, run_after_save
+from ..errors import BaseModelMismatchError, DeltaMismatchError
 from ..storage.bias_layout import decode_layout
 from ..storage.fetch import fetch_delta
 from ..storage.files import digest, read_pair, write_pair
 from ..storage.fingerprint import OnMismatch
 from ..storage.keys import bias_of_key, from_file, in_file, is_added, key_of_bias
 from ..terms import SavedNames
+from ..terms.tasks import other_task
 from ..tuner.added_tokens import AddedTokens, placed_tokens
 from ..tuner.lifecycle import about_to_save
 from .applied_head import AppliedHead
@@ -293,12 +295,20 @@ class BiasDelta(Mapping[str, torch.Tensor]):
             [`BaseModelMismatchError`], [`DeltaMismatchError`], [`MergeError`], [`AddedTokensError`]: It does not fit.
             The model is as it was.
         """
-        return apply_delta(
-            model,
-            self._to_apply(),
-            fingerprint=self.config.base_fingerprint,
-            on_base_mismatch=on_base_mismatch,
-        )
+        try:
+            return apply_delta(
+                model,
+                self._to_apply(),
+                fingerprint=self.config.base_fingerprint,
+                on_base_mismatch=on_base_mismatch,
+            )
+        except (BaseModelMismatchError, DeltaMismatchError) as error:
+            # Models of two tasks have different parts; without a word on the classes that looks like another base.
+            trained_in = (self.config.auto_mapping or {}).get("base_model_class")
+            advice = other_task(trained_in, model) if self.head else None
+            if advice is None:
+                raise
+            raise type(error)(f"{advice}\n{error}") from error
 
     def remove_(self, model: nn.Module) -> nn.Module:
         """Takes the delta out of a model that [`~BiasDelta.apply_`] wrote it into. The base comes back bit for bit.

@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..card.model_card import write_card
+from ..card.update import OldCard, UnreadableCardError, hub_name
 from ..delta.lora_export import lora_files
 from ..delta.value import BiasDelta
 from ..errors import MissingDependencyError, PushError, collect
@@ -58,12 +59,14 @@ class Contents:
         lora (`Mapping[str, bytes]`, *optional*): The files of `stock/` by name.
         tokenizer (`Mapping[str, bytes]`, *optional*): Files of a tokenizer or processor by name.
         card (`bytes`, *optional*): A card that is there already, whose text by its user is kept.
+        facts (`Mapping[str, Any]`, *optional*): For the card.
     """
 
     delta: BiasDelta
     lora: Mapping[str, bytes] = field(default_factory=dict)
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
     card: bytes | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def files(self, repo_id: str, *, on_hub: bytes | None = None) -> dict[str, bytes]:
         """Makes the files.
@@ -97,7 +100,7 @@ class Contents:
             path.unlink(missing_ok=True)
             if old is not None:
                 write_bytes(path, old)
-            return write_card(folder, delta=self.delta, repo_id=repo_id).read_bytes()
+            return write_card(folder, delta=self.delta, repo_id=repo_id, **self.facts).read_bytes()
 
         fresh = renewed(None)
         hub, local = (None if old is None else renewed(old) for old in (on_hub, self.card))
@@ -124,6 +127,7 @@ def contents_of(
         found = {name: path.read_bytes() for name, path in known.items() if path.is_file()}
         card = found.pop(CARD_FILE, None)
         tokens = tokens or found
+        base_model = base_model or _base_on_card(delta, card)
     elif isinstance(model_or_delta, BiasDelta):
         delta = model_or_delta
     elif isinstance(model_or_delta, nn.Module):
@@ -136,6 +140,18 @@ def contents_of(
         source = model_or_delta if isinstance(model_or_delta, nn.Module) else delta
         lora = lora_files(source, adapter_name=adapter_name, named=named.config)
     return Contents(named, lora=lora, tokenizer=tokens, card=card)
+
+
+def _base_on_card(delta: BiasDelta, card: bytes | None) -> str | None:
+    """The base's name on the Hub that somebody has written on the card of a delta that knows a local path only."""
+    name = delta.config.base_model_name_or_path
+    if card is None or not name or (is_repo_id(name) and not os.path.isdir(name)):
+        return None
+    try:
+        written = OldCard.parse(card.decode("utf-8", errors="replace")).metadata.get("base_model")
+    except UnreadableCardError:
+        return None
+    return hub_name(written) if isinstance(written, str) else None
 
 
 def with_base_name(delta: BiasDelta, base_model: str | None = None) -> BiasDelta:
@@ -166,8 +182,8 @@ def refuse_local_base(name: str | None) -> None:
     if name and (not is_repo_id(name) or os.path.isdir(name)):
         raise PushError(
             f"The base was loaded from the local folder {name!r}, which means nothing to others. Give its name on the "
-            "Hub: `base_model='user/name'` in `bitfit_hf.push_to_hub`; for a Trainer's own push, "
-            "`base_model_name_or_path='user/name'` in the BitFitConfig."
+            "Hub: `--base-model user/name` of `bitfit push`, `base_model='user/name'` of `bitfit_hf.push_to_hub`; for "
+            "a Trainer's own push, `base_model_name_or_path='user/name'` in the BitFitConfig."
         )
 
 

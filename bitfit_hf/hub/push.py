@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ..card.model_card import check_card_facts
 from ..errors import PushError, collect
 from ..storage.fetch import http_status
 from ..storage.files import CARD_FILE
@@ -44,6 +45,7 @@ def push_to_hub(
     base_model: str | None = None,
     adapter_name: str = "default",
     tokenizer: Any = None,
+    card: Mapping[str, Any] | None = None,
 ) -> CommitInfo:
     """
     Pushes a delta and its card to the Hub: these files and no others, in one commit.
@@ -70,6 +72,9 @@ def push_to_hub(
             Name of the base on the Hub. Needed where it was loaded from a local folder.
         adapter_name (`str`, *optional*, defaults to `"default"`): For a model: which adapter.
         tokenizer (*optional*): A tokenizer or processor to push along.
+        card (`Mapping[str, Any]`, *optional*):
+            Facts for the model card, as for [`BitFitCallback`]: `license`, `language`, `dataset`, `dataset_config`,
+            `eval_split`, `widget`. They win over what is on the card.
 
     Returns:
         `huggingface_hub.CommitInfo`: With the commit's `oid` and, for a pull request, its `pr_url`.
@@ -85,9 +90,11 @@ def push_to_hub(
     push_to_hub(model, "user/bert-base-rte-bitfit", tokenizer=tokenizer)
     ```
     """
+    facts = check_card_facts(card)
     contents = contents_of(
         model_or_delta, base_model=base_model, stock=stock, adapter_name=adapter_name, tokenizer=tokenizer
     )
+    contents.facts = facts
     api = HfApi()
     with _explained(repo_id):
         if not create_pr:

@@ -30,7 +30,8 @@ class Auth:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            problem = self.problem(scope["method"], scope["path"], dict(scope["headers"]).get(b"authorization"))
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            problem = self.problem(scope["method"], path, dict(scope["headers"]).get(b"authorization"))
             if problem is not None:
                 await problem.response()(scope, receive, send)
                 return

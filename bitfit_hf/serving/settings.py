@@ -11,6 +11,7 @@ from ..errors import ServingError, collect
 # What a task may be called: it is a part of an address, and a name in logs.
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 POOLINGS = ("mean", "cls")
+ENGINES = ("torch", "onnxruntime")
 _POSITIVE = (
     "max_batch_tokens",
     "max_concurrent_requests",
@@ -50,6 +51,8 @@ class Settings:
         max_input_chars (`int`): Characters in one text.
         max_body_bytes (`int`): Bytes in the body of a request.
         auto_truncate (`bool`): Cuts long texts where the request does not say whether to.
+        engine (`str`): What computes the backbone: `"torch"` or `"onnxruntime"`, see [`TaskBank`].
+        graph (`str`, *optional*): For `"onnxruntime"`: the folder that `bitfit export BASE --onnx` wrote.
         pooling (`str`, *optional*): `"mean"` or `"cls"`: how an embedding is made of a text's tokens. By default what
             the base's `1_Pooling/config.json` says, or the mean.
         host (`str`), port (`int`): Where to listen.
@@ -74,6 +77,8 @@ class Settings:
     max_input_chars: int = 100_000
     max_body_bytes: int = 2_000_000
     auto_truncate: bool = False
+    engine: str = "torch"
+    graph: str | None = None
     pooling: str | None = None
     host: str = "127.0.0.1"
     port: int = 8080
@@ -89,6 +94,10 @@ class Settings:
             problems.append(f"max_wait_ms is between 0 and 1000, got {self.max_wait_ms}")
         if self.pooling is not None and self.pooling not in POOLINGS:
             problems.append(f"pooling is one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.engine not in ENGINES:
+            problems.append(f"engine is one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.graph is not None and self.engine != "onnxruntime":
+            problems.append(f"graph is for the engine onnxruntime, and the engine is {self.engine}")
         problems += [f"a task may not be called {name!r}" for name in self.tasks if not TASK_NAME.fullmatch(name)]
         for name in ("admin_token", "api_key"):
             token = getattr(self, name)

@@ -81,8 +81,9 @@ def load_bank(settings: Settings) -> TaskBank:
         "trust_remote_code": False,
     }
     try:
-        model = AutoModel.from_pretrained(settings.base, dtype="auto", **options).eval()
+        dtype = "float32" if settings.engine == "onnxruntime" else "auto"
+        model = AutoModel.from_pretrained(settings.base, dtype=dtype, **options).eval()
         tokenizer = AutoTokenizer.from_pretrained(settings.base, **options)
     except Exception as error:  # whatever is wrong with a user's files
         raise ServingError(f"{settings.base} cannot be loaded: {error}") from error
-    return TaskBank(model, tokenizer, max_tasks=settings.max_tasks)
+    return TaskBank(model, tokenizer, max_tasks=settings.max_tasks, engine=settings.engine, graph=settings.graph)

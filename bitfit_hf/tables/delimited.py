@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from typing import Literal
 
 from ..errors import TableError
 from .table import Table, listed
@@ -44,7 +45,7 @@ def _header_length(text: str, separator: str) -> int:
     return len(next(csv.reader(io.StringIO(text), delimiter=separator), []))
 
 
-def _parse(text: str, name: str, separator: str, quoting: int) -> Table:
+def _parse(text: str, name: str, separator: str, quoting: Literal[0, 3]) -> Table:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True)
     header: list[str] | None = None

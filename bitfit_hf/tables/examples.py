@@ -55,7 +55,9 @@ def complete_rows(table: Table, columns: Columns, *, kind: Kind | None, skip: bo
                     f'{table.place(index)}: "{column}" is {value!r:.40}, a {type(value).__name__} and no text. Name '
                     "the column of the texts with --text."
                 )
-    kept, gone, first = [], [], ""
+    kept: list[int] = []
+    gone: list[int] = []
+    first = ""
     for index, row in enumerate(table.rows):
         reason = _lacking(row, columns, kind)
         (gone if reason else kept).append(index)

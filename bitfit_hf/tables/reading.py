@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def _splits(source: Source) -> dict[str, Callable[[], Table]] | None:
         if not files:
             raise TableError(f"{source.name} holds no table: no file that ends in {', '.join(SUFFIXES)}.")
         return {
-            name: lambda file=file: read_file(file, encoding=source.encoding, separator=source.separator)
+            name: partial(read_file, file, encoding=source.encoding, separator=source.separator)
             for name, file in files.items()
         }
     looks_like_a_path = path.is_absolute() or source.name.startswith((".", "~")) or len(path.parts) > 2
@@ -132,7 +133,7 @@ def _on_hub(source: Source) -> dict[str, Callable[[], Table]]:
         raise TableError(
             f"There is no file {source.name}, and as a data set on the Hub it cannot be loaded: {error}"
         ) from error
-    return {name: lambda name=name, rows=rows: _of_hub(source.name, name, rows) for name, rows in splits.items()}
+    return {name: partial(_of_hub, source.name, name, rows) for name, rows in splits.items()}
 
 
 def _of_hub(name: str, split: str, rows: Any) -> Table:

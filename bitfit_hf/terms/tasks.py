@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -221,3 +222,20 @@ def class_record(model: PreTrainedModel) -> dict[str, str]:
     """The class that a model was trained in, as PEFT's `auto_mapping` in `adapter_config.json` names it."""
     cls = library_class(type(model))
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+
+def other_task(trained_in: object, model: nn.Module) -> str | None:
+    """Says that a model is for another task than the one that a delta was trained in; `None` where it is not.
+
+    Args:
+        trained_in (`str`): Name of the class that the delta was trained in.
+        model (`nn.Module`): What it is to be used on.
+    """
+    here = type(model).__name__
+    trained, task = task_of_class(str(trained_in)), task_of_class(here)
+    if trained is None or task is None or trained is task:
+        return None
+    return (
+        f"This delta was trained in a {trained_in} ({trained.words}), and this model is a {here} ({task.words}). Load "
+        f"the base with {trained.auto_class}."
+    )

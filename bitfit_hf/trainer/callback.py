@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from ..card.model_card import check_card_facts
 from ..config import BitFitConfig
 from ..errors import TrainerSetupError
 from ..recompute import recompute_activations
@@ -80,6 +81,9 @@ class BitFitCallback(TrainerCallback):
             [`~bitfit_hf.recompute_activations`]. In force while `train()` runs.
         privacy ([`PrivacyConfig`], *optional*):
             Trains with differential privacy, in a [`PrivateTrainer`] only.
+        card (`Mapping[str, Any]`, *optional*):
+            Facts for the model card that nobody but you knows: `license`, `language`, `dataset`, `dataset_config`,
+            `eval_split`, and `widget`, a list of examples for the Hub's page.
 
     Raises:
         [`TrainerSetupError`]: The Trainer would train something else; the message says how to set it up.
@@ -112,6 +116,7 @@ class BitFitCallback(TrainerCallback):
         adapter_name: str = "default",
         recompute_activations: bool = False,
         privacy: PrivacyConfig | None = None,
+        card: Mapping[str, Any] | None = None,
     ) -> None:
         if privacy is not None and not isinstance(privacy, PrivacyConfig):
             raise TrainerSetupError(f"`privacy` must be a PrivacyConfig, got {type(privacy).__name__}.")
@@ -130,6 +135,7 @@ class BitFitCallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
         self.privacy = privacy
+        self.card = check_card_facts(card)
         self._warned: list[float] = []
         self._begin()
 
@@ -290,6 +296,7 @@ class BitFitCallback(TrainerCallback):
             head_learning_rate=self.head_learning_rate,
             lr_scale=describe_scale(self.lr_scale, with_head=self.head_learning_rate is None),
         )
+        run.card = dict(self.card)
         adapter_configs(model)[self.adapter_name].run = run
 
     def _remove_hooks(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+
+from bitfit_hf.tables.hub_data import load_from_hub
 
 GLUE_NAME = "nyu-mll/glue"
-EXPORT = "refs/convert/parquet"  # where the Hub keeps its own conversion of a data set, a folder for each part
 
 
 REPORT = "report"  # in front of the name of what is reported and never chosen on
@@ -105,7 +106,7 @@ def load_splits(
         `SystemExit`: No such folder.
     """
     if data_dir is None:
-        return _from_hub(name, config, revision)
+        return load_from_hub(name, config, revision=revision)
     tried = [Path(data_dir) / folder for folder in folders]
     for folder in tried:
         files = sorted([*folder.glob("*.jsonl.gz"), *folder.glob("*.jsonl")])
@@ -117,16 +118,6 @@ def load_splits(
         f"--data_dir {data_dir}: no {needed}.jsonl.gz or {needed}.jsonl in {' or '.join(map(str, tried))}. Give the "
         f"folder that holds it, or leave --data_dir out to load {name} from the Hub."
     )
-
-
-def _from_hub(name: str, config: str | None, revision: str | None) -> dict[str, Dataset]:
-    if revision != EXPORT:
-        try:
-            return dict(load_dataset(name, config, revision=revision))
-        except RuntimeError as error:
-            if revision is not None or "scripts are no longer supported" not in str(error):
-                raise
-    return dict(load_dataset(name, data_dir=config, revision=EXPORT))
 
 
 def subset(rows: Dataset, size: int | None, seed: int = 0) -> Dataset:

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 # Called with the number of a request and the JSON of its answer; returns whether it is the right one.
@@ -121,13 +121,16 @@ def arrivals(rate: float, count: int, rng: random.Random) -> Iterator[float]:
         yield now
 
 
+Clients: TypeAlias = Client | Sequence[Client]
+
+
 async def open_loop(
-    client: Client, path: str, bodies: Sequence[bytes], *, rate: float, seed: int = 0, check: Check | None = None
+    client: Clients, path: str, bodies: Sequence[bytes], *, rate: float, seed: int = 0, check: Check | None = None
 ) -> Outcome:
     """Sends each request when it is due, whether others have been answered or not.
 
     Args:
-        client ([`Client`]), path (`str`): Where to.
+        client ([`Client`] or `Sequence[Client]`), path (`str`): Where to; a client for all requests, or one for each.
         bodies (`Sequence[bytes]`): The JSON of each request.
         rate (`float`): Requests in a second, on average.
         seed (`int`): Of the arrivals.
@@ -150,12 +153,13 @@ async def open_loop(
 
 
 async def closed_loop(
-    client: Client, path: str, bodies: Sequence[bytes], *, clients: int, check: Check | None = None
+    client: Clients, path: str, bodies: Sequence[bytes], *, clients: int, check: Check | None = None
 ) -> Outcome:
     """Sends with so many clients, each of which waits for its answer before it sends again: as much as there can be.
 
     Args:
-        client ([`Client`]), path (`str`), bodies (`Sequence[bytes]`), check (`Callable`, *optional*): As above.
+        client ([`Client`] or `Sequence[Client]`), path (`str`), bodies (`Sequence[bytes]`), check (`Callable`,
+            *optional*): As above.
         clients (`int`): Requests under way at a time.
     """
     outcome, numbers = Outcome(), iter(range(len(bodies)))
@@ -172,10 +176,11 @@ async def closed_loop(
 
 
 async def _one(
-    client: Client, path: str, bodies: Sequence[bytes], number: int, due: float, outcome: Outcome, check: Check | None
+    client: Clients, path: str, bodies: Sequence[bytes], number: int, due: float, outcome: Outcome, check: Check | None
 ) -> None:
+    one = client if isinstance(client, Client) else client[number]
     try:
-        status, answer = await client.request("POST", path, bodies[number])
+        status, answer = await one.request("POST", path, bodies[number])
     except OSError:
         status, answer = 0, b""
     outcome.statuses[status] = outcome.statuses.get(status, 0) + 1

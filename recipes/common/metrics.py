@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import EvalPrediction
+
+from bitfit_hf.tables.metrics import correlations
+from bitfit_hf.tables.metrics import word_accuracy as share_of_words
 
 from .data import GLUE
 
@@ -32,19 +32,6 @@ def matthews_correlation(labels: Any, predictions: Any) -> dict[str, float]:
     return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
 
 
-def correlations(labels: Any, predictions: Any) -> dict[str, float]:
-    """Spearman's and Pearson's correlation. Of a constant answer, where they are not defined, 0: it tells nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        found = {
-            "spearmanr": float(spearmanr(labels, predictions).statistic),
-            "pearsonr": float(pearsonr(labels, predictions).statistic),
-        }
-    if not np.all(np.isfinite(predictions)):
-        return found
-    return {name: 0.0 if math.isnan(value) else value for name, value in found.items()}
-
-
 def constant(prediction: EvalPrediction) -> bool | None:
     """
     Whether a model answers the same to everything, as one that has collapsed does; `None` for answers of other forms.
@@ -58,6 +45,8 @@ def constant(prediction: EvalPrediction) -> bool | None:
     predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     if labels.ndim == 2:
         tags = predictions.argmax(-1) if predictions.ndim == 3 else predictions
+        if tags.shape != labels.shape:  # a language model's losses, for example
+            return None
         given = tags[labels != -100]
     elif predictions.ndim == 2:
         given = answers(predictions)
@@ -111,10 +100,9 @@ def word_accuracy(lost: int = 0) -> Metrics:
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        labels, tags = np.asarray(prediction.label_ids), np.asarray(prediction.predictions)
+        tags = np.asarray(prediction.predictions)
         if tags.ndim == 3:
             tags = tags.argmax(-1)
-        words = labels != -100
-        return {"accuracy": float((tags == labels)[words].sum() / (words.sum() + lost))}
+        return {"accuracy": share_of_words(prediction.label_ids, tags, lost)}
 
     return compute

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that the loss leaves out
+from bitfit_hf.tables.encoding import encode_words
 
 _RANGE_OR_EMPTY = re.compile(r"\d+[-.]\d+")  # ids of CoNLL-U lines that are no syntactic words: 1-2 and 8.1
 
@@ -93,7 +93,7 @@ def on_subwords(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, names: list[str], max_length: int
 ) -> tuple[Dataset, int]:
     """
-    Tokenizes sentences; the first subword of each word has its label, all other tokens have [`IGNORED`].
+    Tokenizes sentences; the first subword of each word has its label, all other tokens have -100.
 
     Args:
         rows (`Dataset`): With the columns `tokens` and `tags`.
@@ -106,16 +106,6 @@ def on_subwords(
         tokenizer made nothing of them.
     """
     ids = {name: number for number, name in enumerate(names)}
-
-    def convert(batch: dict[str, list[list[str]]]) -> dict[str, Any]:
-        made = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
-        made["labels"] = []
-        for sentence, tags in enumerate(batch["tags"]):
-            words = made.word_ids(sentence)
-            first = [word is not None and word != previous for word, previous in zip(words, [None, *words])]
-            made["labels"].append([ids[tags[w]] if yes else IGNORED for w, yes in zip(words, first)])
-        return made
-
-    made = rows.map(convert, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
-    labelled = sum(label != IGNORED for labels in made["labels"] for label in labels)
-    return made, sum(map(len, rows["tags"])) - labelled
+    labels = [[ids[tag] for tag in tags] for tags in rows["tags"]]
+    made, lost = encode_words(rows["tokens"], labels, tokenizer, max_length)
+    return Dataset.from_list(made), lost

@@ -132,10 +132,6 @@ class Evaluation(TrainerCallback):
         self._epochs = 0
         self._clock = Stopwatch()
 
-    def training_time(self) -> Times:
-        """Spent on training until now, evaluations left out."""
-        return self._clock.read()
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -340,7 +336,6 @@ def train(
     count = method.trainable(model)
 
     trainer.train()
-    seconds = evaluation.training_time()
     evaluation.evaluate(trainer.state)
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     for entry in evaluation.history:
@@ -368,8 +363,8 @@ def train(
         best_epoch=best["epoch"],
         trainable={"body": count.body, "head": count.head, "base": count.base},
         bytes=size,
-        seconds=seconds.wall,
-        processor_seconds=seconds.processor,
+        seconds=evaluation.history[-1]["seconds"],
+        processor_seconds=evaluation.history[-1]["processor_seconds"],
         data={
             "source": data.source,
             "rows": {"train": len(data.train), **{key: len(split.rows) for key, split in data.evaluation.items()}},

@@ -147,9 +147,9 @@ _INTRODUCTION = """# What privacy costs in accuracy
 
 Made by `recipes/reproduction/private.py` from `private.jsonl` beside this page; do not edit. Accuracy on the
 validation rows after the last update, mean over the seeds ± their standard deviation. ε is what was spent, with
-δ = 1 / (10 n), for adding or removing one row (a sentence); *noise* is its standard deviation in multiples of the clip.
-Without privacy the same number of examples is computed, in batches of 32. *Minutes* are wall time of one run on one
-core of a busy machine: an upper bound, and nothing to compare systems by.
+δ = 1 / (10 n), for adding or removing one row (a sentence); *noise* is its standard deviation in multiples of the
+clip. Without privacy the same number of examples is computed, in batches of 32. *Minutes* are wall time of one run on
+one core of a busy machine: an upper bound, and nothing to compare systems by.
 """
 _HEADINGS = ("model", "task", "rows", "ε", "seeds", "accuracy", "noise", "batch", "updates", "rate, head's", "minutes")
 

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from trainer_tester import arguments, fresh, rows, tuned
 
 from bitfit_hf import BitFitCallback, PrivacyConfig, PrivateTrainer
-from bitfit_hf.trainer.private.sampling import EMPTY
+from bitfit_hf.trainer.private.gradients import generator_noise, secure_noise
+from bitfit_hf.trainer.private.ledger import Ledger
+from bitfit_hf.trainer.private.sampling import EMPTY, keyed_generator
 
 # By case: what is asked for, and arguments of the Trainer. Of 24 examples 4 are in an update on average.
 CASES: dict[str, tuple[PrivacyConfig, dict[str, Any]]] = {
@@ -60,14 +62,27 @@ def trainer_of(case: str, folder: Path, batch_size: int) -> Watched:
         train_dataset=rows(24, name),
         callbacks=[BitFitCallback(privacy=privacy)],
     )
-    # Only in the first process: the others are given its generators.
     if trainer.args.process_index == 0:
-        trainer.ledger._batches.manual_seed(5)
-        trainer.ledger._noise.manual_seed(6)
+        trainer.ledger._key = b"of the first process, which the others are given"
     return trainer
 
 
+def noise_of(ledger: Ledger) -> Any:
+    """The same whatever the last digits of the sum, which several processes add up in another order."""
+    if ledger.config.secure_mode:
+        return secure_noise
+    return generator_noise(keyed_generator(ledger._key, str(ledger.steps).encode()))
+
+
 def main(folder: Path, batch_size: int) -> None:
+    Ledger.noise = property(noise_of)
+    begin = PrivateTrainer.begin_private
+
+    def begin_alike(trainer: Any, *args: Any) -> None:
+        begin(trainer, *args)
+        trainer.ledger.state = bytes  # batches too
+
+    PrivateTrainer.begin_private = begin_alike
     for case in CASES:
         for resumed in (False, True) if case == "noised" else (False,):
             trainer = trainer_of(case, folder, batch_size)

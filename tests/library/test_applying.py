@@ -14,6 +14,12 @@ from accelerate import cpu_offload
 from architectures import ARCHITECTURES, build, randomize_
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 from tuner_tester import Tensors, add_by_hand, base_tensors, config_for, fill_, same_tensors, state
 
 from bitfit_hf import (
@@ -369,3 +375,19 @@ def test_each_kind_of_place_is_compared(name):
     assert same_tensors(base_tensors(model), base_tensors(alone))
     second.remove_(model)
     assert same_tensors(base_tensors(model), base_tensors(base))
+
+
+def test_a_model_for_another_task_is_named(tmp_path):
+    """Its parts are others, which alone would look like another base."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+    torch.nn.init.normal_(model.bert.pooler.dense.bias)  # it was trained
+    model.save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), BitFitConfig())
+    BiasDelta.from_model(tuned).save_pretrained(tmp_path / "delta")
+    other = AutoModelForTokenClassification.from_pretrained(tmp_path / "base")
+    with pytest.raises(
+        BaseModelMismatchError,
+        match=r"trained in a BertForSequenceClassification .*a BertForTokenClassification .*AutoModelForSequenceClass",
+    ):
+        load_delta(other, tmp_path / "delta")

@@ -32,6 +32,7 @@ from bitfit_hf import BiasDelta, BitFitConfig, DeltaNotFoundError, bias_change, 
 from bitfit_hf.analysis import term_counts
 from bitfit_hf.cli import app, checkpoints
 from bitfit_hf.terms import find_biases
+from bitfit_hf.training_run import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["train", "eval", "inspect", "diff", "merge", "extract", "export", "push", "plot", "serve"]
@@ -142,6 +143,37 @@ assert not heavy, heavy
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_completion_imports_nothing_heavy() -> None:
+    program = """
+import sys
+from bitfit_hf.cli import app
+try:
+    app(prog_name="bitfit")
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    environment = {
+        **os.environ,
+        "_BITFIT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "bitfit tr",
+        "COMP_CWORD": "1",
+    }
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["train"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_whole_at_80_columns(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """No option's name is cut, and no line is longer than the terminal but examples, which are copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(command, "--help").out
+    assert not re.search(r"--?[\w,-]+…", text)
+    assert max(len(line) for line in text.partition("Arguments:")[2].splitlines()) <= 80
 
 
 def test_the_command_line_first_and_then_the_library() -> None:
@@ -270,6 +302,28 @@ def test_names_from_files_are_neither_markup_nor_commands_to_the_terminal(run: R
     result = run("inspect", files.delta)
     result.assert_mistake("LORA")
     assert "\x1b" not in result.err
+
+
+def test_inspect_shows_the_metrics_of_the_training(run: Run, files: Files) -> None:
+    """They are in the delta's configuration, also where the card cannot have them since no data set is known."""
+    delta = BiasDelta.from_pretrained(files.delta)
+    delta.config.run = TrainingRun(metrics={"accuracy": 0.75, "loss": 0.5, "runtime": 3.0})
+    delta.save_pretrained(files.delta)
+    assert run("inspect", files.delta, "--json").json["metrics"] == [
+        {"dataset": None, "split": None, "metric": "accuracy", "value": 0.75},
+        {"dataset": None, "split": None, "metric": "loss", "value": 0.5},
+    ]
+    assert "accuracy" in run("inspect", files.delta).out
+
+
+def test_a_base_that_is_gone(run: Run, files: Files, tmp_path: Path) -> None:
+    gone = str(tmp_path / "gone")
+    delta = BiasDelta.from_pretrained(files.delta)
+    delta.config.base_model_name_or_path = gone
+    delta.save_pretrained(files.delta)
+    table = tmp_path / "t.csv"
+    table.write_text("text,label\na,no\nb,yes\n")
+    run("eval", files.delta, table).assert_mistake(gone, "no such folder any more", "base_model_name_or_path")
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal_lm", "beit-image", "llama-causal_lm"])
@@ -551,6 +605,20 @@ def test_extract_is_the_way_back_from_merge(run: Run, files: Files, tmp_path: Pa
     assert BiasDelta.from_pretrained(out).config.base_model_name_or_path == "user/bert"
 
 
+def test_extract_says_that_nothing_has_changed(run: Run, files: Files, tmp_path: Path) -> None:
+    """The same checkpoint twice is a slip; a head alone is told."""
+    same = BERT.build()
+    same.save_pretrained(tmp_path / "x")
+    run("extract", tmp_path / "x", tmp_path / "x", "-o", tmp_path / "d").assert_mistake("no delta to extract")
+    assert not (tmp_path / "d").exists()
+    with torch.no_grad():
+        same.classifier.weight += 1
+    same.save_pretrained(tmp_path / "y")
+    result = run("extract", tmp_path / "x", tmp_path / "y", "-o", tmp_path / "d", "-q")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'd'}\n")
+    assert "the delta holds a head alone" in result.err
+
+
 def test_extract_refuses_other_weights_and_missing_ones(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run("extract", files.base, files.sibling, "-o", out)
@@ -566,7 +634,9 @@ def test_extract_refuses_other_weights_and_missing_ones(run: Run, files: Files, 
 def test_export_loads_with_stock_peft(run: Run, files: Files, tmp_path: Path) -> None:
     out = tmp_path / "lora"
     values = run("export", files.delta, "--stock", "--base", files.base, "-o", out, "--json").json
-    assert values["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER]
+    assert values["files"] == sorted(names)
+    assert contents(out)["README.md"] == contents(files.delta)["README.md"]
     assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
     def load(folder: Path) -> torch.nn.Module:
@@ -576,8 +646,8 @@ def test_export_loads_with_stock_peft(run: Run, files: Files, tmp_path: Path) ->
         return PeftModel.from_pretrained(base, folder)
 
     assert (outputs(load(out)) - outputs(load(files.delta))).abs().max() <= 2e-6
-    # Without --base: the one that the delta names.
-    assert run("export", files.delta, "--stock", "-o", tmp_path / "again").code == 0
+    # Without --stock: it is the format of a delta. Without --base: the one that the delta names.
+    assert run("export", files.delta, "-o", tmp_path / "again").code == 0
     again, first = contents(tmp_path / "again"), contents(out)
     assert again["adapter_model.safetensors"] == first["adapter_model.safetensors"]
 
@@ -620,6 +690,15 @@ def test_push_to_a_branch_and_as_a_pull_request(run: Run, files: Files, hub: Any
     assert values["pull_request"].endswith("/alice/rte/discussions/1")
     assert "adapter_config.json" in hub.files("alice/rte", "refs/pr/1")
     assert "adapter_config.json" not in hub.files("alice/rte")
+
+
+def test_push_takes_the_name_of_the_base_from_the_card(run: Run, files: Files, hub: Any, hub_env: Any) -> None:
+    run("push", files.delta, "alice/rte").assert_mistake("--base-model user/name", str(files.base.name))
+    card = ModelCard.load(files.delta / "README.md")
+    card.data.base_model = "google-bert/bert-base-uncased"
+    card.save(files.delta / "README.md")
+    assert run("push", files.delta, "alice/rte", "-q").out.startswith("http")
+    assert BiasDelta.from_pretrained("alice/rte").config.base_model_name_or_path == "google-bert/bert-base-uncased"
 
 
 def test_push_with_stock_loads_the_base(run: Run, files: Files, hub: Any, hub_env: Any) -> None:
@@ -738,7 +817,9 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "extract below a file": (["extract", "{base}", "{base}", "-o", "{base}/config.json/x"], ["cannot be written"]),
     "export below a file": (["export", "{delta}", "--stock", "-o", "{base}/config.json/x"], ["cannot be written"]),
     "output not empty": (["export", "{delta}", "--stock", "-o", "{base}"], ["{base} is not empty"]),
-    "no format": (["export", "{delta}", "-o", "{new}"], ["--stock"]),
+    "two formats": (["export", "{delta}", "--stock", "--onnx", "-o", "{new}"], ["three formats"]),
+    "int8 of a delta": (["export", "{delta}", "--int8", "-o", "{new}"], ["--onnx"]),
+    "a delta for a base": (["export", "{delta}", "--onnx", "-o", "{new}"], ["no config.json"]),
     "export on another base": (["export", "{delta}", "--stock", "--base", "{sibling}", "-o", "{new}"], ["differ"]),
     "no picture": (["plot", "{delta}", "-o", "{new}.txt"], [".png, .svg or .pdf"]),
     "a folder for a picture": (["plot", "{delta}", "-o", "{pictures}"], ["is a folder"]),

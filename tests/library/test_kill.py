@@ -107,6 +107,7 @@ def test_sigkill_at_random_moments(kills, tmp_path, saved):
     assert answer["interrupted"] >= 5, "kills that hit a save half-way"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_two_processes_and_a_reader(tmp_path, saved):
     answer = run("race", 40, tmp_path / "folder", saved)

@@ -84,7 +84,17 @@ def test_noise_is_added_once_over_processes() -> None:
         private.add({parameters[1]: torch.ones(3, 2, 5) * 0.1}, torch.ones(3))
     sent: list[torch.Tensor] = []
     second.release(1.5, None, 10.0, reduce=lambda total: sent.append(total) or total)
-    first.release(1.5, generator_noise(torch.Generator().manual_seed(0)), 10.0, reduce=lambda total: total + sent[0])
+    noise = generator_noise(torch.Generator().manual_seed(0))
+    released: list[torch.Tensor] = []
+    first.release(
+        1.5,
+        noise,
+        10.0,
+        reduce=lambda total: total + sent[0],
+        broadcast=lambda total: released.append(total) or total,
+    )
     assert float(parameters[0].grad.std()) == pytest.approx(1.5 * 2.0 / 10.0, rel=0.02)
     assert float(parameters[1].grad.mean()) == pytest.approx(6 * 0.1 / 10.0, abs=4 * 0.3 / 10**0.5)
     assert float(sent[0][-10:].mean()) == pytest.approx(0.3, rel=1e-5), "the other process adds none"
+    second.release(1.5, None, 10.0, broadcast=lambda _: released[0])
+    assert float(parameters[0].grad.std()) == pytest.approx(1.5 * 2.0 / 10.0, rel=0.02)

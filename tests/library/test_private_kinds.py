@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ import torch
 from architectures import ARCHITECTURES, randomize_
 from torch import nn
 from trainer_tester import arguments, fresh, moved, rows, trainer_for, tuned
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithFlattening
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithFlattening, TrainerCallback
 
 from bitfit_hf import BitFitCallback, PrivacyConfig, PrivacyError, PrivateTrainer
 from bitfit_hf.terms.structure import stock_root
-from bitfit_hf.trainer.private.sampling import unguessable_generator
+from bitfit_hf.trainer.private.ledger import Ledger
+from bitfit_hf.trainer.private.sampling import keyed_generator
 from bitfit_hf.trainer.private.study import IGNORED, check_padding, study_batch
 
 COUNT, CLIP, RATE = 6, 0.05, 0.5
@@ -289,9 +289,15 @@ def test_training_in_between_is_noticed(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_who_saves_before_the_end_says_more_than_is_spent(tmp_path: Path) -> None:
-    from transformers import TrainerCallback
+def test_other_data_needs_another_trainer(tmp_path: Path) -> None:
+    trainer = private(fresh(), tmp_path, max_steps=1)
+    trainer.train()
+    trainer.train_dataset = rows(8)
+    with pytest.raises(PrivacyError, match="has 8 examples, and what was spent is of 16"):
+        trainer.train()
 
+
+def test_who_saves_before_the_end_says_more_than_is_spent(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
     class Saves(TrainerCallback):
@@ -321,13 +327,66 @@ def test_parts_of_an_update_that_was_broken_off_are_forgotten(tmp_path: Path) ->
     assert moved(trainer.model)
 
 
-def test_generators_begin_where_nobody_can_guess() -> None:
-    first, second = unguessable_generator(), unguessable_generator()
+def test_a_key_makes_numbers_that_nobody_can_guess() -> None:
+    first, second = keyed_generator(b"a" * 32, b"noise", b"1"), keyed_generator(b"a" * 32, b"noise", b"2")
+    again = keyed_generator(b"a" * 32, b"noise", b"1")
     draws = torch.rand(200_000, generator=first)
     assert float(draws.mean()) == pytest.approx(0.5, abs=0.004)
     assert float(draws.var()) == pytest.approx(1 / 12, rel=0.02)
-    assert not torch.equal(torch.rand(8, generator=first), torch.rand(8, generator=second))
-    words = unguessable_generator().get_state().view(torch.int64)[3:627]
+    assert torch.equal(torch.rand(200_000, generator=again), draws)
+    assert not torch.equal(torch.rand(200_000, generator=second), draws)
+    words = keyed_generator(b"b" * 32).get_state().view(torch.int64)[3:627]
     assert len(set(words.tolist())) > 600, "all of the state, not what a seed of 32 bits makes of it"
-    again = copy.deepcopy(second.get_state())
-    assert torch.equal(torch.Generator().set_state(again).get_state(), again)
+
+
+def test_only_the_same_step_has_the_same_batch_and_noise() -> None:
+    ledger, other = Ledger(NOISE, 100, 50), Ledger(NOISE, 100, 50)
+    total = torch.arange(8.0)
+
+    def noise() -> torch.Tensor:
+        return ledger.noise(total, 1.0)
+
+    def drawn() -> list[int]:
+        ledger._drawn = 0  # as in a run that is resumed
+        return ledger.draw()
+
+    first, batch = noise(), ledger.draw()
+    assert torch.equal(noise(), first)
+    assert ledger.draw() != batch, "a second batch for the same update"
+    assert drawn() == batch
+    assert not torch.equal(other.noise(total, 1.0), first), "another key"
+    assert other.draw() != batch
+    total[3] += 1e-6
+    assert not torch.equal(noise(), first), "another sum"
+    ledger.state = lambda: b"other parameters"
+    assert drawn() != batch
+    ledger.state, total[3] = bytes, 3.0
+    assert torch.equal(noise(), first)
+    ledger.spend()
+    assert not torch.equal(noise(), first), "another step, such as a second empty batch"
+    assert drawn() != batch
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_otherwise_has_noise_of_its_own(tmp_path: Path) -> None:
+    """Else the difference of the two ends would be that of two sums, without noise."""
+
+    class Released(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, steps in (("whole", 4), ("same", 4), ("longer", 6)):
+        released = Released()
+        released.seen = seen[name] = []
+        callbacks = [BitFitCallback(privacy=NOISE), released]
+        args = arguments(tmp_path / name, max_steps=steps, **({"save_steps": 1} if name == "whole" else {}))
+        trainer = PrivateTrainer(fresh(), args, train_dataset=rows(), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=None if name == "whole" else str(tmp_path / "whole" / "checkpoint-1"))
+    assert [len(steps) for steps in seen.values()] == [4, 3, 5]
+    assert all(torch.equal(a, b) for a, b in zip(seen["whole"][1:], seen["same"], strict=True))
+    # Of the longer run the second step is that of the same state; its rate was another, and so is all from then on.
+    assert torch.equal(seen["whole"][2], seen["longer"][1])
+    difference = seen["whole"][3] - seen["longer"][2]
+    noise = math.sqrt(2 * len(difference)) / 4  # of standard deviation 1 on the sum, divided by the expected batch
+    assert float(difference.norm()) == pytest.approx(noise, rel=0.3)

@@ -261,7 +261,7 @@ def test_without_opacus(monkeypatch):
 def test_secure_mode_trains_and_resumes(tmp_path: Path):
     config = PrivacyConfig(noise_multiplier=1.0, accountant="rdp", secure_mode=True)
     private(tmp_path, config, save_steps=2, max_steps=2).train()
-    assert json.loads((tmp_path / "checkpoint-2" / "privacy.json").read_text())["generators"] is None
+    assert json.loads((tmp_path / "checkpoint-2" / "privacy.json").read_text())["key"] is None
     again = private(tmp_path, config, max_steps=4, config=BitFitConfig())
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert facts_of(again)["steps"] == 4

@@ -18,9 +18,10 @@ from transformers import pipeline
 
 from bitfit_hf import BiasDelta
 from bitfit_hf.errors import ServingError
-from bitfit_hf.serving import Settings
+from bitfit_hf.serving import Settings, create_app
 from bitfit_hf.serving.page import DOCS, PAGE, Page
 
+ROOT = Path(__file__).resolve().parents[2]
 BASE_FIELDS = {"model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length"}
 BASE_FIELDS |= {"max_batch_tokens", "max_client_batch_size", "auto_truncate", "tokenization_workers", "version"}
 
@@ -387,6 +388,26 @@ def test_who_may_ask_for_what(world, api_key, admin_token):
     asyncio.run(main())
 
 
+def test_below_a_prefix_everything_is_as_without_one(world, expected):
+    """As behind a proxy, or under a route prefix of Ray Serve."""
+    engine = make_engine(world, ["sentiment"], api_key=KEY)
+
+    async def main() -> list[httpx.Response]:
+        app = create_app(engine)
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app, root_path="/models")
+            async with httpx.AsyncClient(transport=transport, base_url="http://test/models") as client:
+                answers = [await client.get("/health"), await client.get("/info")]
+                client.headers["Authorization"] = f"Bearer {KEY}"
+                answers.append(await client.post("/predict", json={"inputs": "a b"}))
+                answers.append(await client.get("/tasks/sentiment"))
+                return answers
+
+    health, refused, answer, described = asyncio.run(main())
+    assert [one.status_code for one in (health, refused, answer, described)] == [200, 401, 200, 200]
+    assert close(answer.json(), expected("sentiment", "a b"))
+
+
 def test_nothing_of_a_stranger_is_read(world):
     engine = make_engine(world, ["sentiment"], api_key=KEY)
     read = []
@@ -411,6 +432,8 @@ def test_nothing_of_a_stranger_is_read(world):
         {"max_tasks": -1},
         {"max_wait_ms": -1},
         {"pooling": "max"},
+        {"engine": "onnx"},
+        {"graph": "somewhere"},
         {"tasks": {"a/b": "x"}},
         {"api_key": " "},
         {"api_key": "é"},
@@ -422,6 +445,69 @@ def test_settings_that_cannot_be(values):
     with pytest.raises(ServingError, match=next(iter(values)) if "tasks" not in values else "a/b"):
         Settings(base="x", **values)
     assert "secret" not in repr(Settings(base="x", api_key="secret", admin_token="secret2"))
+
+
+def test_a_task_is_put_and_deleted(world, expected):
+    engine = make_engine(world, ["sentiment"], admin_token=ADMIN, allow_source=(str(world / "tasks"),))
+    text = {"inputs": text_for("tags", 3), "task": "tags"}
+    put, described, answer, again, deleted, gone, left, twice = ask(
+        engine,
+        ("PUT", "/tasks/tags", {"source": "tags"}),
+        ("GET", "/tasks/tags", None),
+        ("POST", "/predict", text),
+        ("PUT", "/tasks/tags", {"source": str(world / "tasks" / "tags")}),
+        ("DELETE", "/tasks/tags", None),
+        ("POST", "/predict", text),
+        ("GET", "/tasks", None),
+        ("DELETE", "/tasks/tags", None),
+        headers={"Authorization": f"Bearer {ADMIN}"},
+    )
+    assert put.status_code == 201
+    assert put.json() == described.json()
+    assert str(world) not in put.text
+    assert close(answer.json(), expected("tags", text_for("tags", 3)))
+    assert again.status_code == 200
+    assert (deleted.status_code, deleted.content) == (204, b"")
+    assert (gone.status_code, twice.status_code) == (404, 404)
+    assert [row["name"] for row in left.json()] == ["sentiment"]
+    assert engine.bank.tasks == ["sentiment"]
+
+
+# --- options ---
+
+
+def options_of_the_command() -> dict[str, str]:
+    """The variables of `bitfit serve`, with its options."""
+    import typer
+
+    from bitfit_hf.cli.serve import add_to
+
+    app = typer.Typer()
+    add_to(app)
+    parameters = typer.main.get_command(app).params
+    return {str(one.envvar): one.opts[0] for one in parameters if one.envvar}
+
+
+def test_the_guide_has_every_option_with_its_default():
+    options = options_of_the_command()
+    assert len(options) == 22
+    guide = (ROOT / "docs" / "guides" / "serving.md").read_text()
+    rows = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \|([^|]*)\|", guide, flags=re.MULTILINE))
+    assert set(rows) == {option for option in options.values() if option.startswith("--")}
+    for option, value in rows.items():
+        default = getattr(Settings(base="x"), option[2:].replace("-", "_"), None)
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert value.strip() == f"{default:g}".replace("1e+05", "100000").replace("2e+06", "2000000"), option
+
+
+def test_files_name_options_that_there_are():
+    options = options_of_the_command()
+    named: list[str] = []
+    for path in (ROOT / "recipes" / "deploy").iterdir():
+        named += re.findall(r"BITFIT_SERVE_[A-Z_]+", path.read_text())
+    named += re.findall(r"BITFIT_SERVE_[A-Z_]+", (ROOT / "docs" / "guides" / "serving.md").read_text())
+    assert len(named) > 10
+    assert set(named) <= set(options)
 
 
 # --- counters ---

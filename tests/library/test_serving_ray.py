@@ -86,6 +86,9 @@ def place(world: Path) -> Iterator[tuple[str, Path]]:
         "PYTHONPATH": str(ROOT),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray ends what does not answer in seconds, which on a machine that does other things too is too short.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "90",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "90",
         "BITFIT_SERVE_ADMIN_TOKEN": "admin",
     }
     environment.pop("RAY_ADDRESS", None)
@@ -151,6 +154,7 @@ def test_the_file_of_the_recipes_is_one_for_serve_run():
     from ray.serve.schema import ServeDeploySchema
 
     config = yaml.safe_load(CONFIG.read_text())
+    assert config["applications"][0]["deployments"][0]["autoscaling_config"]["min_replicas"] == 2
     ServeDeploySchema.model_validate(config)
     (application,) = config["applications"]
     settings = settings_of(application["args"])

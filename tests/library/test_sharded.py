@@ -46,6 +46,7 @@ def without_dead(values: Tensors) -> Tensors:
     return {name: value for name, value in values.items() if ".key." not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["float32/bert", "float32/slices"])
 def test_sharded_training_equals_one_device(case: str, runs: Path) -> None:
     found = [tensors(runs / case, "sharded", rank) for rank in range(2)]
@@ -62,6 +63,7 @@ def test_sharded_training_equals_one_device(case: str, runs: Path) -> None:
         assert seen["num_parameters"] == seen["expected"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["float32/bert", "float32/slices", "bfloat16/bert"])
 def test_saves_are_whole_and_written_by_one_process(case: str, runs: Path) -> None:
     saved = load_file(runs / f"{case}-0" / "adapter_model.safetensors")
@@ -72,6 +74,7 @@ def test_saves_are_whole_and_written_by_one_process(case: str, runs: Path) -> No
     assert facts(runs / case, 1)["files"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["float32/bert", "float32/slices", "bfloat16/bert"])
 def test_saves_load_on_one_device_and_in_slices(case: str, runs: Path) -> None:
     logits = tensors(runs / case, "logits")
@@ -83,16 +86,19 @@ def test_saves_load_on_one_device_and_in_slices(case: str, runs: Path) -> None:
     assert all(torch.equal(again[name], gathered[name]) for name in gathered)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_is_checked_to_be_the_right_base(runs: Path) -> None:
     assert [facts(runs / "float32" / "bert", rank)["another base"] for rank in range(2)] == ["refused"] * 2
 
 
+@pytest.mark.slow
 def test_bf16_base_goes_with_float32_deltas(runs: Path) -> None:
     case = runs / "bfloat16" / "bert"
     assert facts(case)["dtypes"] == ["torch.float32"]
     assert _correlation(case) > 0.99
 
 
+@pytest.mark.slow
 def test_mixed_precision_of_fsdp_trains_deltas_and_head(runs: Path) -> None:
     case = runs / "mixed" / "bert"
     assert facts(case)["dtypes"] == ["torch.float32"]

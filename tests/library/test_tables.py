@@ -80,6 +80,7 @@ CSV = 'text,label\n"a, ""b""\nc",yes\nü,no\n'
         ("t.jsonl", "\n".join(map(json.dumps, ROWS)) + "\n\n"),
         ("t.json", json.dumps(ROWS)),
     ],
+    ids=["csv", "CRLF", "byte order mark", "UTF-16", "gzip", "semicolons", "jsonl", "json"],
 )
 def test_a_table_is_the_same_in_every_format(write: Write, name: str, content: str | bytes) -> None:
     found = read_file(write(name, content))

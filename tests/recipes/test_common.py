@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import quickstart
 import torch
-from common import data as data_module
 from common import record as record_module
 from common.arguments import StudyArguments, parse
 from common.data import GLUE, GLUE_COLUMNS, by_length, evaluation_parts, halves, load_glue, load_splits, subset
@@ -30,6 +29,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, EvalPrediction, TrainerControl, TrainerState
 
 # --- arguments -------------------------------------------------------------------------------------------------------
+from bitfit_hf.tables import hub_data
 
 
 @dataclass
@@ -154,9 +154,9 @@ def test_a_data_set_that_is_a_script_is_read_from_the_hubs_conversion(monkeypatc
             raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
         return {"train": name}
 
-    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub_data, "load_dataset", load_dataset)
     assert load_splits("a/b", "en_ewt", revision=revision) == {"train": "a/b"}
-    assert asked[-1] == ("a/b", None, {"data_dir": "en_ewt", "revision": "refs/convert/parquet"})
+    assert asked[-1] == ("a/b", None, {"data_dir": "en_ewt", "revision": "refs/convert/parquet", "token": None})
     assert len(asked) == (2 if revision is None else 1)
 
 
@@ -164,7 +164,7 @@ def test_another_error_of_the_hub_is_shown(monkeypatch):
     def load_dataset(name, config=None, **options):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(data_module, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub_data, "load_dataset", load_dataset)
     with pytest.raises(RuntimeError, match="out of order"):
         load_splits("a/b")
 
@@ -284,6 +284,7 @@ def test_a_constant_answer_is_noticed():
     tags, labels = np.array([[1, 2], [1, 1]]), np.array([[0, -100], [1, 1]])
     assert constant(EvalPrediction(tags, labels)) is True  # the one that differs stands where there is no word
     assert constant(EvalPrediction(np.eye(3)[tags], np.array([[0, 1], [1, 1]]))) is False
+    assert constant(EvalPrediction(np.ones((2, 3)), labels)) is None
     assert constant(EvalPrediction((classes, classes), (LABELS, LABELS))) is None  # an answer's start and end
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import glue
 import numpy as np
 import pytest
+import squad
 import torch
 from common.data import GLUE
 from common.record import RunRecord
@@ -122,6 +123,21 @@ def test_predictions_are_the_models_own(study_base, study_data, tmp_path):
         right += GLUE["mnli"].labels[row["label"]] == shown
     assert right / len(rows) == pytest.approx(record.metrics["final"]["accuracy"])
     assert len(lines(tmp_path / "predictions" / "AX.tsv")) == 1 + 9
+
+
+def test_what_is_reported_is_not_chosen_on(study_base, study_data, tmp_path):
+    record = run(study_base, study_data, tmp_path, "rte", "--dev_halves", "True", "--epochs", "2")
+    rows = record.data["rows"]
+    assert abs(rows["validation"] - rows["report"]) <= 1
+    for entry in record.history:
+        assert {"accuracy", "report_accuracy", "loss", "report_loss"} == entry["eval"].keys()
+        assert isinstance(entry["constant"], bool)
+    best = max(record.history, key=lambda entry: entry["eval"]["accuracy"])
+    assert record.metrics["best"] == best["eval"]
+    times = [entry["processor_seconds"] for entry in record.history]
+    assert 0 < times[0] < times[1] <= record.processor_seconds
+    with pytest.raises(SystemExit, match="--dev_halves is for GLUE and for tagging"):
+        squad.main(["--dev_halves", "True"])
 
 
 def test_the_record_says_the_precision_that_a_launcher_asked_for(study_base, study_data, tmp_path, monkeypatch):

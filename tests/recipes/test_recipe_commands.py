@@ -17,7 +17,7 @@ from recipe_fixtures import ROWS
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 # How many commands the header of each recipe has: a command that is added is executed here, or this fails.
-COUNTS = {"causal_lm": 4, "glue": 5, "squad": 4, "token_classification": 6}
+COUNTS = {"causal_lm": 4, "glue": 5, "private": 5, "squad": 4, "token_classification": 6}
 TINY = "--train_size 9 --eval_size 5 --max_steps 2 --batch_size 4 --eval_batch_size 4 --epochs 1"
 
 
@@ -65,6 +65,7 @@ def smaller(study_base, study_decoder, study_data):
         more = {
             "glue": f"--model_name_or_path {study_base} --data_dir {study_data}",
             "token_classification": f"--model_name_or_path {study_base} --data_dir {study_data}",
+            "private": f"--model_name_or_path {study_base} --data_dir {study_data} --accumulation 2 --accountant rdp",
             "squad": f"--model_name_or_path {study_base} --data_dir {study_data} --max_length 48 --doc_stride 12 "
             "--max_question_length 12 --min_steps 0",
             "causal_lm": f"--model_name_or_path {study_decoder} --data_dir {study_data / 'texts'} --max_length 16",

@@ -384,6 +384,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_stopped(quick):
     blocked = Path(f"{quick.log}.block")
     blocked.write_text("1e-4")  # the second rate of the grid: two runs are done before it
@@ -408,6 +409,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(quick):
     assert not [path for path in store.work.iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_concurrent_sweeps_never_do_a_run_twice(quick):
     task = study_values()["tasks"]["quick"]
     quick.config(tasks={"quick": {**task, "arguments": {"name": "quick", "pause": 0.2}}})

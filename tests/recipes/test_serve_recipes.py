@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import random
 import re
 import shlex
-import threading
+import statistics
 from pathlib import Path
 
 import pytest
 import quickstart
 import serve_many_tasks
 import torch
-from benchmarks import serving
+from benchmarks import http_serving, serving
+from common.load import Client, Outcome, arrivals, closed_loop, open_loop
 from peft import get_peft_model
+from serving_tester import served
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel, HfArgumentParser
 
-from bitfit_hf import BiasDelta, BitFitConfig, TaskBank, TaskBankError
+from bitfit_hf import BiasDelta, BitFitConfig, TaskBank
+from bitfit_hf.serving import Engine, Settings
 
 RECIPES = Path(serve_many_tasks.__file__).parent
 
@@ -38,46 +44,100 @@ def task_dir(study_base, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_mixed_stream_is_answered_as_by_single_models(study_base, task_dir, capsys):
-    argv = ["--task_dir", str(task_dir), "--model", study_base, "--copies", "3", "--requests", "40", "--clients", "8"]
-    assert serve_many_tasks.main(argv) <= 1e-5
+def options(study_base, task_dir: Path) -> list[str]:
+    return ["--task_dir", str(task_dir), "--model", study_base, "--copies", "3", "--clients", "8"]
+
+
+@pytest.mark.slow  # a server in a process of its own
+def test_a_mixed_stream_is_verified_while_tasks_come_and_go(study_base, task_dir, capsys, tmp_path):
+    out = tmp_path / "verify.json"
+    argv = [*options(study_base, task_dir), "--verify", "--requests", "600", "--rate", "300", "--output", str(out)]
+    figures = serve_many_tasks.main(argv)
+    assert (figures["wrong"], figures["lost"]) == (0, 0)
+    assert figures["answered"] + figures["gone"] == 600
+    assert figures["statuses"].keys() <= {"200", "404"}
+    assert figures["answered"] > 380
+    assert figures["changes"]["PUT 200"] > 2
+    assert figures["memory"]["end"] > 1e7
+    assert "0 mixed up, 0 lost" in capsys.readouterr().out
+    assert str(task_dir) not in out.read_text()
+    assert json.loads(out.read_text())["figures"]["lost"] == 0
+
+
+def small_server(task_dir: Path, study_base: str):
+    settings = Settings(base=study_base)
+    bank = TaskBank(BertModel.from_pretrained(study_base), AutoTokenizer.from_pretrained(study_base))
+    engine = Engine(bank, settings)
+    for name in ("stance", "stance-0", "intent"):
+        engine.tasks.add(name, str(task_dir / name.partition("-")[0]))
+    return served(engine)
+
+
+@pytest.mark.parametrize("more", [[], ["--rate", "400"]], ids=["closed", "open"])
+def test_load_for_a_server_that_runs(study_base, task_dir, capsys, more):
+    with small_server(task_dir, study_base) as url:
+        figures = serve_many_tasks.main(["--url", url, "--requests", "60", *more])
+    assert figures["statuses"] == {"200": 60}
+    assert figures["tasks"] == 3
+    assert 0 < figures["p50"] <= figures["p99"] < 30
     shown = capsys.readouterr().out
-    assert "8 tasks in" in shown
-    assert "40 requests for" in shown
+    assert "60 answers in" in shown
+    assert "stance" in shown
 
 
-def test_tasks_that_are_missing_are_trained_first(study_base, task_dir, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(quickstart, "main", asked.append)
-    (tmp_path / "stance").symlink_to(task_dir / "stance")
-    folders = serve_many_tasks.delta_folders(serve_many_tasks.Arguments(task_dir=str(tmp_path), model=study_base))
-    assert folders["intent"] == tmp_path / "intent"
-    assert asked == [["--task", "intent", "--output_dir", str(tmp_path), "--model_name_or_path", study_base]]
-    serve_many_tasks.delta_folders(serve_many_tasks.Arguments(task_dir=str(task_dir)))
-    assert len(asked) == 1
+def test_a_wrong_answer_and_a_lost_request_are_counted(study_base, task_dir):
+    """The generator's own test: it has to see what it is there to find."""
+    stream = serve_many_tasks.make_stream(
+        serve_many_tasks.Arguments(requests=30), ["stance", "intent"], ["stance", "intent", "nowhere"]
+    )
+    gone = stream.names.count("nowhere")
+    assert 0 < gone < 30
+    seen: list[int] = []
+
+    def check(number, answer):
+        seen.append(number)
+        labels = {row["label"] for row in answer}
+        return all(label.startswith("stance") for label in labels)
+
+    async def main(url: str) -> tuple[Outcome, Outcome]:
+        client = Client(url)
+        first = await open_loop(client, "/predict", stream.bodies(), rate=1000, check=check)
+        await client.close()
+        return first, await closed_loop(Client("http://127.0.0.1:9"), "/predict", [b"{}"] * 3, clients=2)
+
+    with small_server(task_dir, study_base) as url:
+        answered, nobody = asyncio.run(main(url))
+    assert answered.statuses == {200: 30 - gone, 404: gone}
+    assert sorted(answered.wrong) == [number for number, name in enumerate(stream.names) if name == "intent"]
+    assert len(seen) == len(answered.latencies) == 30 - gone
+    assert nobody.statuses == {0: 3}
+    assert nobody.throughput == 0
 
 
-def test_one_bad_request_does_not_spoil_a_batch(study_base, task_dir):
-    bank = TaskBank(BertModel.from_pretrained(study_base), AutoTokenizer.from_pretrained(study_base))
-    bank.add_task("stance", task_dir / "stance")
-    requests = serve_many_tasks.BatchingQueue(bank, wait=0.5)
-    futures = [requests.ask("a good tent", task) for task in ("stance", "gone", "stance")]
-    with pytest.raises(TaskBankError, match="no task 'gone'"):
-        futures[1].result(30)
-    assert futures[0].result(30) == futures[2].result(30)
-    assert futures[0].result()["label"].startswith("stance")
-    requests.close()
-    assert not any(thread is requests._thread for thread in threading.enumerate())
+def test_scores_are_compared():
+    answer = [{"label": "a", "score": 0.7}, {"label": "b", "score": 0.3}]
+    assert serve_many_tasks.same(answer, {"b": 0.3, "a": 0.70001})
+    assert not serve_many_tasks.same(answer, {"b": 0.3, "a": 0.71})
+    assert not serve_many_tasks.same(answer, {"a": 0.7})
 
 
-def test_the_queue_fills_batches(study_base, task_dir):
-    bank = TaskBank(BertModel.from_pretrained(study_base), AutoTokenizer.from_pretrained(study_base))
-    bank.add_task("stance", task_dir / "stance")
-    requests = serve_many_tasks.BatchingQueue(bank, batch_size=4, wait=0.5)
-    for future in [requests.ask("a good tent", "stance") for _ in range(8)]:
-        future.result(30)
-    requests.close()
-    assert requests.sizes == {4: 2}
+def test_arrivals_are_a_poisson_process():
+    times = list(arrivals(50.0, 4000, random.Random(0)))
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert statistics.mean(gaps) == pytest.approx(1 / 50, rel=0.1)
+    assert statistics.stdev(gaps) == pytest.approx(1 / 50, rel=0.1)
+
+
+def test_deltas_that_are_not_there_are_one_error(tmp_path, task_dir, monkeypatch):
+    monkeypatch.setattr(quickstart, "main", lambda *_: pytest.fail("nothing is trained"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"no delta of stance and intent in nowhere\. Train .* first"):
+        serve_many_tasks.main(["--task_dir", "nowhere"])
+    assert list(tmp_path.iterdir()) == []
+    assert set(serve_many_tasks.delta_folders(serve_many_tasks.Arguments(task_dir=str(task_dir)))) == {
+        "stance",
+        "intent",
+    }
 
 
 def test_the_benchmark_writes_figures_and_a_plot(study_base, tmp_path):
@@ -95,6 +155,30 @@ def test_the_benchmark_writes_figures_and_a_plot(study_base, tmp_path):
     assert memory["bytes_per_task"] == memory["tasks"] / 4
     assert record["adding"]["tasks"] == 4
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow  # a server for all tasks, and one for each
+def test_the_http_benchmark_writes_figures_and_a_plot(study_base, tmp_path):
+    out = tmp_path / "results" / "http.json"
+    sizes = "--tasks 2 --requests 40 --rounds 2 --shares 0.5 --clients 8 --systems bitfit merged".split()
+    http_serving.main([*sizes, "--model", study_base, "--output", str(out)])
+    text = out.read_text()
+    assert study_base not in text
+    (group,) = json.loads(text)["groups"]
+    assert group["saturated"].keys() == {"bank", "bitfit", "merged"}
+    assert group["saturated"]["bitfit"]["bitfit_is_faster_by"]["median"] == 1
+    assert all(row["throughput"] > 0 for row in group["saturated"].values())
+    assert {row["system"] for row in group["open_loop"]} == {"bitfit", "merged"}
+    assert all(row["statuses"] == {"200": 40} for row in group["open_loop"])
+    assert all(0 < row["p50"] <= row["p99"] for row in group["open_loop"])
+    assert group["memory"]["merged"] > group["memory"]["bitfit"] > 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_http_benchmark_wants_bitfit_among_its_systems():
+    for systems in (["merged"], ["bitfit", "apache"]):
+        with pytest.raises(SystemExit, match="--systems are bitfit and"):
+            http_serving.main(["--systems", *systems])
 
 
 def test_every_system_of_the_benchmark_answers_for_its_tasks(study_base):
@@ -121,10 +205,10 @@ def test_every_system_of_the_benchmark_answers_for_its_tasks(study_base):
         assert sorted(seen) == sorted(len(where) for where in rows.values())
 
 
-@pytest.mark.parametrize("module", [serve_many_tasks, serving], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [serve_many_tasks, serving, http_serving], ids=lambda module: module.__name__)
 def test_the_commands_in_the_headers_parse(module):
     pattern = rf"^    python recipes/{module.__name__.replace('.', '/')}\.py([^#\n]*)(?:#.*)?$"
     commands = re.findall(pattern, module.__doc__, flags=re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == {"serve_many_tasks": 4}.get(module.__name__, 3)
     for command in commands:
         HfArgumentParser(module.Arguments).parse_args_into_dataclasses(shlex.split(command))

@@ -8,12 +8,13 @@ import pytest
 import token_classification
 import torch
 from common.record import RunRecord
-from common.tagging import IGNORED, on_subwords, read_conll, tag_names, tagged
+from common.tagging import on_subwords, read_conll, tag_names, tagged
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from recipe_fixtures import ROWS, conllu, tagged_rows
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from bitfit_hf import BiasDelta
+from bitfit_hf.tables.encoding import IGNORED
 
 TINY = ["--epochs", "2", "--batch_size", "8", "--learning_rate", "0.05"]
 UPOS = ["ADP", "AUX", "DET", "NOUN", "PUNCT"]

@@ -17,7 +17,7 @@ from ...terms import head_modules
 from ...terms.tasks import SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION
 from ..checkpoints import build_on_meta, is_local, read_model_config, reading
 
-PROBLEM_TYPES = {
+PROBLEM_TYPES: dict[Kind, Any] = {
     Kind.CLASSIFICATION: "single_label_classification",
     Kind.REGRESSION: "regression",
     Kind.MULTI_LABEL: "multi_label_classification",

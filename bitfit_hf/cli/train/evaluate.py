@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class EvalWanted:
     base: str | None = None
     base_revision: str | None = None
     delta_revision: str | None = None
-    on_base_mismatch: str = "raise"
+    on_base_mismatch: Any = "raise"
     predictions: Path | None = None
 
 
@@ -98,8 +98,8 @@ def evaluate(name: str, wanted: EvalWanted, *, token: str | None, quiet: bool) -
     base = wanted.base or delta.config.base_model_name_or_path
     if base is None:
         raise CheckpointError(f"{name} does not name its base; pass --base.")
-    tokenizer = _tokenizer(name, folder, base, base_revision(base, delta, wanted.base_revision), token)
     model = load_base(base, delta, wanted.base_revision, None, token)
+    tokenizer = _tokenizer(name, folder, base, base_revision(base, delta, wanted.base_revision), token)
     with base_mismatch(wanted.on_base_mismatch):
         delta.apply_(model)
     if model.config.pad_token_id is None:
@@ -192,17 +192,23 @@ def _with_label_names(table: Table, columns: Columns, problem: Problem) -> Table
     ids = {str(index) for index in range(len(problem.labels))}
     if ids & set(problem.labels):
         return table  # the names are numbers themselves
+
+    def is_id(entry: Any) -> bool:
+        found = number(entry)
+        return found is not None and f"{found:g}" in ids
+
     cells = [row.get(column) for row in table.rows]
     entries = [entry for cell in cells for entry in (cell if isinstance(cell, list) else [cell])]
-    if not all((found := number(entry)) is not None and str(int(found)) in ids for entry in entries):
+    if 2 * sum(map(is_id, entries)) <= len(entries):
         return table
 
     def as_id(cell: Any) -> Any:
-        return [as_id(entry) for entry in cell] if isinstance(cell, list) else int(number(cell) or 0)
+        if isinstance(cell, list):
+            return [as_id(entry) for entry in cell]
+        return int(float(cell)) if is_id(cell) else cell  # what is none is told with its row
 
-    table.rows = [{**row, column: as_id(row[column])} for row in table.rows]
-    table.label_names = {**table.label_names, column: list(problem.labels)}
-    return table
+    rows = [{**row, column: as_id(row[column])} for row in table.rows]
+    return replace(table, rows=rows, label_names={**table.label_names, column: list(problem.labels)})
 
 
 def _tokenizer(name: str, folder: Path, base: str, revision: str | None, token: str | None) -> PreTrainedTokenizerBase:

@@ -88,7 +88,7 @@ def perform(
     if output.dry_run:
         return {"dry_run": True, **plan.values()} if is_first() else None
 
-    run = Run(task, base, settings, config, _scratch(folder), narrator, length)
+    run = Run(task, base, settings, config, output.card or {}, _scratch(folder), narrator, length)
     pending: dict[str, Any] = {}
 
     def save(trainer: Trainer, outcome: Outcome) -> None:
@@ -97,10 +97,13 @@ def perform(
 
     try:
         tuned = run.bitfit(save)
-        frozen = run.frozen() if settings.baseline and not tuned.interrupted else None
-        values = evaluation(run, tuned, frozen)
+        values = evaluation(run, tuned, None)
         if is_first():
-            _publish(run, folder, output, values)
+            _publish(run, folder, output, values)  # whatever becomes of the comparison, the delta is there
+        if settings.baseline and not tuned.interrupted:
+            values = evaluation(run, tuned, run.frozen())
+            if is_first():
+                write_evaluation(folder, values)
     finally:
         run.clean_up()
     if not is_first():
@@ -119,7 +122,7 @@ def _publish(run: Run, folder: Path, output: Output, values: dict[str, Any]) -> 
                 os.replace(path, fresh / path.name)
         delta = BiasDelta.from_folder(fresh)
         draw_change(delta, fresh)
-        write_card(fresh, delta=delta, **(output.card or {}))
+        write_card(fresh, delta=delta)  # once more, now that there is a picture
         write_evaluation(fresh, values)
 
 
@@ -140,6 +143,7 @@ def show(values: dict[str, Any]) -> list[str]:
     if "dry_run" in values:
         return ["Nothing has been trained or written."]
     names, rows = system_rows(values)
+    trained = values["parameters"]
     title = f"Evaluated on {values['rows']['evaluation']:,} rows that were not trained on"
     return [
         "",
@@ -147,7 +151,9 @@ def show(values: dict[str, Any]) -> list[str]:
         "",
         *(wrapped(line) for line in remarks(values)),
         "",
-        f"The delta is in {values['output']}.",
+        wrapped(
+            f"The delta is in {values['output']}: {trained['biases']:,} biases and a head of {trained['head']:,}."
+        ),
         "",
         *values["next"],
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...tables.metrics import main_metric
 from ...tables.problem import WORDS, Kind
-from ...terms import find_biases, head_modules, part_tensors
+from ...terms import find_biases, head_modules, part_tensors, pooler_modules
 from ...tuner.plan import num_base_parameters
 from .base import Base
 from .data import Task, balance
@@ -61,6 +61,7 @@ class Plan:
                 "biases": sum(bias.num_parameters for bias in find_biases(model)),
                 "head": sum(tensor.numel() for tensor in part_tensors(model, heads).values()),
             },
+            "poolers": pooler_modules(model),
             "max_length": self.max_length,
             "longer_texts": self.cut,
             "learning_rate": settings.learning_rate,
@@ -82,6 +83,7 @@ class Plan:
             else ""
         )
         cut = f", {self.cut:,} are longer and are cut" if self.cut else ""
+        pooler = "; of the pooler the weight too, if the base has never trained it" if values["poolers"] else ""
         made = [
             ("Table", f"{values['table']}: {self._texts()}, {self._labels()}{skipped}"),
             ("Task", f"{WORDS[self.task.problem.kind]}{self._balance()}"),
@@ -94,7 +96,7 @@ class Plan:
             (
                 "Trains",
                 f"{counts['biases']:,} biases ({100 * counts['biases'] / max(counts['base'], 1):.2f} % of the base) "
-                f"and a new head of {counts['head']:,} parameters",
+                f"and a new head of {counts['head']:,} parameters{pooler}",
             ),
             (
                 "Updates",

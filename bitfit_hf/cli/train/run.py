@@ -33,6 +33,7 @@ from ...tables.problem import Kind, Problem
 from ...terms import head_modules, part_tensors
 from ...trainer import BitFitCallback
 from ...trainer.checks import adapter_configs
+from ...trainer.rates import HEAD, term_scale
 from ...tuner.state import delta_parameters, head_tensors
 from .base import Base, output_layer
 from .data import Scale, Task
@@ -80,6 +81,7 @@ class Run:
         base ([`Base`]): The base.
         settings ([`Settings`]): How to train.
         config ([`BitFitConfig`]): What to tune.
+        card (`dict[str, Any]`): Facts for the model card.
         scratch (`Path`): A folder for checkpoints, the same in all processes; it is removed by [`Run.clean_up`].
         narrator ([`Narrator`]): Says what is going on.
         max_length (`int`): In tokens.
@@ -89,10 +91,12 @@ class Run:
     base: Base
     settings: Settings
     config: BitFitConfig
+    card: dict[str, Any]
     scratch: Path
     narrator: Narrator
     max_length: int
     scale: Scale = field(init=False)
+    output: str = field(init=False, default="")
     train: Encoded = field(init=False)
     evaluation: Encoded = field(init=False)
 
@@ -125,11 +129,16 @@ class Run:
             save (`Callable`): Called with the Trainer and the outcome, in all processes.
         """
         model = self.base.model(self.settings.seed)
-        if self.problem.kind is Kind.REGRESSION and output_layer(model)[1].bias is None:
-            self.scale = Scale(0.0, self.scale.deviation)  # nothing in the head could take up a mean
-            self._encode()
+        if self.problem.kind is Kind.REGRESSION:
+            self.output, layer = output_layer(model)
+            if layer.bias is None:
+                self.scale = Scale(0.0, self.scale.deviation)  # nothing in the head could take up a mean
+                self._encode()
         callback = BitFitCallback(
-            self.config, head_learning_rate=self.settings.head_learning_rate, lr_scale=self.settings.lr_scale
+            self.config,
+            head_learning_rate=self.settings.head_learning_rate,
+            lr_scale=self.settings.lr_scale,
+            card=self.card,
         )
         trainer, keep = self._trainer(model, "bitfit", "BitFit", [callback], best=True)
         outcome = self._train(trainer, keep)
@@ -149,6 +158,9 @@ class Run:
         for tensor in part_tensors(model, head_modules(model)).values():
             tensor.requires_grad_(tensor.is_floating_point())
         trainer, keep = self._trainer(model, "frozen", "Frozen body", [], best=False)
+        # The head learns as fast as it does beside the biases.
+        rate = self.settings.learning_rate * term_scale(self.settings.lr_scale)[HEAD]
+        trainer.args.learning_rate = self.settings.head_learning_rate or rate
         outcome = self._train(trainer, keep)
         entries = [entry for entry in trainer.state.log_history if f"eval_{self.metric}" in entry]
         pick = min if self.metric in LOWER_IS_BETTER else max
@@ -188,7 +200,6 @@ class Run:
     def _arguments(self, name: str, *, best: bool) -> TrainingArguments:
         rows, settings = len(self.task.train), self.settings
         epoch = math.ceil(rows / settings.batch_size)
-        steps = {"eval_strategy": "steps", "eval_steps": EVALUATE_EVERY} if epoch > EVALUATE_EVERY else {}
         precision = settings.precision or default_precision()
         args = TrainingArguments(
             output_dir=str(self.scratch / name),
@@ -198,8 +209,8 @@ class Run:
             per_device_eval_batch_size=EVAL_BATCH_SIZE,
             lr_scheduler_type="linear",
             warmup_steps=WARMUP,
-            eval_strategy=steps.get("eval_strategy", "epoch"),
-            eval_steps=steps.get("eval_steps"),
+            eval_strategy="steps" if epoch > EVALUATE_EVERY else "epoch",
+            eval_steps=EVALUATE_EVERY if epoch > EVALUATE_EVERY else None,
             logging_strategy="epoch",
             save_strategy="best" if best else "no",
             save_total_limit=1,
@@ -249,11 +260,10 @@ class Run:
         """Lets the head of a regression answer in the label's own unit: it takes up the mean and the deviation."""
         if self.scale == Scale():
             return
-        path, _ = output_layer(model)
         tensors = head_tensors(model, ADAPTER)
-        tensors[f"{path}.weight"].mul_(self.scale.deviation)
-        if f"{path}.bias" in tensors:
-            tensors[f"{path}.bias"].mul_(self.scale.deviation).add_(self.scale.mean)
+        tensors[f"{self.output}.weight"].mul_(self.scale.deviation)
+        if f"{self.output}.bias" in tensors:
+            tensors[f"{self.output}.bias"].mul_(self.scale.deviation).add_(self.scale.mean)
 
     def clean_up(self) -> None:
         """Removes the checkpoints."""

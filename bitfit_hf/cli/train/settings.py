@@ -30,8 +30,8 @@ class Settings:
 
     Args:
         learning_rate (`float`): Of the biases, before the scale by term.
-        head_learning_rate (`float`, *optional*): Of the head; the same by default.
-        lr_scale (`str`): `"default"`, or `"uniform"` for the paper's one rate for all terms.
+        head_learning_rate (`float`, *optional*): Of the head; by default the scale says.
+        lr_scale (`str`): `"default"`, or `"uniform"` for the paper's one rate.
         epochs (`float`, *optional*): By default as many as [`default_epochs`] says.
         batch_size (`int`): Examples per update, over all processes.
         max_length (`int`, *optional*): In tokens.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
 
+LEDGER_FILE = "privacy.json"
+
+
 def require_private_trainer(trainer: Any) -> None:
     """Refuses a callback with `privacy=` in any Trainer but [`PrivateTrainer`].
 
@@ -29,9 +32,6 @@ def require_private_trainer(trainer: Any) -> None:
             "BitFitCallback(privacy=…) needs `bitfit_hf.PrivateTrainer` in place of the Trainer: a stock one cuts the "
             "data into batches of one size, and no ε can be stated for those. Its arguments are the same."
         )
-
-
-LEDGER_FILE = "privacy.json"
 
 
 def refuse_private_past(

@@ -61,6 +61,7 @@ class PrivateSum:
         expected_batch_size: float,
         *,
         reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        broadcast: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         """Puts the noised sum, divided by the expected batch size, into each parameter's `.grad`, and begins anew.
 
@@ -71,13 +72,16 @@ class PrivateSum:
             noise (`Noise`, *optional*): Makes it. `None` in all processes but one: it is added once.
             expected_batch_size (`float`): Over all processes.
             reduce (`Callable`, *optional*): Sums a tensor over all processes.
+            broadcast (`Callable`, *optional*): Gives all processes that of the one which makes noise.
         """
         totals = list(self._sums.values())
         flat = torch.cat([total.flatten().to(totals[0].device) for total in totals])
-        if noise_multiplier > 0 and noise is not None:
-            flat = flat + noise(flat, noise_multiplier * self.max_grad_norm)
         if reduce is not None:
             flat = reduce(flat)
+        if noise_multiplier > 0 and noise is not None:
+            flat = flat + noise(flat, noise_multiplier * self.max_grad_norm)
+        if broadcast is not None:
+            flat = broadcast(flat)
         parts = (flat / expected_batch_size).split([total.numel() for total in totals])
         for parameter, part in zip(self._sums, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.device, copy=True)

@@ -1,9 +1,12 @@
-"""[`Ledger`]: what a run has spent, and the generators that its batches and noise come from."""
+"""[`Ledger`]: what a run has spent, and the key that its batches and noise come from."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,19 @@ from ...storage.files import write_bytes
 from .checks import LEDGER_FILE
 from .config import PrivacyConfig
 from .gradients import Noise, generator_noise, secure_noise
-from .sampling import draw, unguessable_generator
+from .sampling import draw, keyed_generator
 
 
 class Ledger:
     """
     Counts updates with Opacus' accountant, and is saved in every checkpoint.
 
-    The generators' states come from the operating system and never from the Trainer's `seed`, which a card quotes: who
-    knows the seed of the noise can subtract it. Their states are in the checkpoint, so a resumed run draws the batches
-    and the noise that the killed one drew after it, and a step that is taken twice is one and the same release. Keep
-    checkpoints to yourself; a push never holds them.
+    Batches and noise come from a key that the operating system makes, and never from the Trainer's `seed`, which a
+    card quotes: who knows the seed of the noise can subtract it. The key is in the checkpoint, so a resumed run draws
+    the batches and the noise that the killed one drew, and a step that is taken twice is one and the same release. It
+    is the same only where all is: another batch is drawn where the parameters are others, and other noise made where
+    the sum is another one, as after resuming with another schedule. Noise that stands on two sums is subtracted away
+    by who sees both. Keep checkpoints to yourself; a push never holds them.
 
     Several processes draw the same batch, of which each computes its part, and the first makes the noise. In secure
     mode each draws for itself, and takes of that the examples which are its own.
@@ -51,25 +56,36 @@ class Ledger:
         self.sample_rate = expected_batch_size / examples
         self.noise_multiplier = config.noise_multiplier
         self.accountant = create_accountant(mechanism=config.accountant)
-        self._known: dict[tuple[tuple[float, float, int], ...], float] = {}  # computing an ε takes up to a second
-        self._batches, self._noise = unguessable_generator(), unguessable_generator()
+        self._key = secrets.token_bytes(32)
+        self._drawn = 0  # batches since the last update
+        self.state: Callable[[], bytes] = bytes  # tells one state of the parameters from another
 
     # --- randomness ---
 
-    def share_generators(self) -> None:
-        """Gives all processes the generators of the first."""
-        states = broadcast_object_list([generator.get_state() for generator in (self._batches, self._noise)])
-        for generator, state in zip((self._batches, self._noise), states, strict=True):
-            generator.set_state(state)
+    def share_key(self) -> None:
+        """Gives all processes the key of the first."""
+        (self._key,) = broadcast_object_list([self._key])
 
     def draw(self) -> list[int]:
         """Draws the examples of the next update."""
-        return draw(self.examples, self.sample_rate, None if self.config.secure_mode else self._batches)
+        generator = None
+        if not self.config.secure_mode:
+            generator = keyed_generator(self._key, b"batch", f"{self.steps}.{self._drawn}".encode(), self.state())
+        self._drawn += 1
+        return draw(self.examples, self.sample_rate, generator)
 
     @property
     def noise(self) -> Noise:
         """What makes noise."""
-        return secure_noise if self.config.secure_mode else generator_noise(self._noise)
+        if self.config.secure_mode:
+            return secure_noise
+
+        def noise(like: torch.Tensor, std: float) -> torch.Tensor:
+            values = like.detach().cpu().contiguous().numpy().tobytes()
+            generator = keyed_generator(self._key, b"noise", str(self.steps).encode(), values)
+            return generator_noise(generator)(like, std)
+
+        return noise
 
     # --- the budget ---
 
@@ -119,6 +135,7 @@ class Ledger:
     def spend(self) -> None:
         """Counts one update. With no noise there is nothing to count with."""
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate)
+        self._drawn = 0
 
     def _history_after(self, steps: int) -> list[tuple[float, float, int]]:
         history = list(self.accountant.history)
@@ -128,8 +145,6 @@ class Ledger:
         return history
 
     def _epsilon_of(self, history: list[tuple[float, float, int]]) -> Any:
-        from opacus.accountants import create_accountant
-
         if any(noise == 0 for noise, _, _ in history):
             return None
         if not history:
@@ -140,17 +155,12 @@ class Ledger:
                 merged[-1] = (noise, rate, merged[-1][2] + steps)
             else:
                 merged.append((noise, rate, steps))
-        if tuple(merged) in self._known:
-            return self._known[tuple(merged)]
-        accountant = create_accountant(mechanism=self.config.accountant)
-        accountant.history = merged
-        epsilon = float(accountant.get_epsilon(delta=self.delta))
+        epsilon = _accounted(self.config.accountant, self.delta, tuple(merged))
         if not math.isfinite(epsilon):
             raise PrivacyError(
                 f"Opacus' {self.config.accountant} accountant gives no finite ε for {merged}. Use "
                 '`accountant="rdp"`, or more noise.'
             )
-        self._known[tuple(merged)] = epsilon
         return epsilon
 
     def facts(self, *, ahead: int = 0) -> dict[str, Any]:
@@ -183,9 +193,7 @@ class Ledger:
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
             "history": self.accountant.history,
-            "generators": None
-            if self.config.secure_mode
-            else [bytes(generator.get_state().tolist()).hex() for generator in (self._batches, self._noise)],
+            "key": None if self.config.secure_mode else self._key.hex(),
         }
         write_bytes(folder / LEDGER_FILE, json.dumps(values, indent=1).encode())
 
@@ -206,8 +214,7 @@ class Ledger:
             noise = float(values["noise_multiplier"])
             own = (self.examples, self.sample_rate, str(self.config.max_grad_norm), self.config.accountant, self.delta)
             saved = tuple(values[name] for name in ("examples", "sample_rate", "max_grad_norm", "accountant", "delta"))
-            states = values["generators"]
-            states = states and [torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for state in states]
+            key = None if values["key"] is None else bytes.fromhex(values["key"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PrivacyError(
                 f"{path} cannot be read ({type(error).__name__}: {error}), so it is not known what was spent up to "
@@ -218,12 +225,20 @@ class Ledger:
                 f"{path} is of another run: examples, sampling rate, clip, accountant and δ were {saved} and are "
                 f"{own}. Resume with the same data, batch size and PrivacyConfig."
             )
-        if self.noise_multiplier not in (None, noise) or (states is None) != self.config.secure_mode:
+        if self.noise_multiplier not in (None, noise) or (key is None) != self.config.secure_mode:
             raise PrivacyError(f"{path} was saved with another noise or `secure_mode`. Resume with the same.")
         spent = sum(steps for _, _, steps in history)
         if spent < step or any(steps < 0 or not 0 < rate <= 1 or noise < 0 for noise, rate, steps in history):
             raise PrivacyError(f"{path} counts {spent} updates for a checkpoint of {step}; it has been changed.")
         self.noise_multiplier, self.accountant.history = noise, history
-        if states:
-            self._batches.set_state(states[0])
-            self._noise.set_state(states[1])
+        self._key = key or self._key
+        self._drawn = 0
+
+
+@functools.lru_cache(maxsize=256)  # it takes up to a second, and is asked for at every checkpoint
+def _accounted(mechanism: str, delta: float, history: tuple[tuple[float, float, int], ...]) -> float:
+    from opacus.accountants import create_accountant
+
+    accountant = create_accountant(mechanism=mechanism)
+    accountant.history = list(history)
+    return float(accountant.get_epsilon(delta=delta))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import secrets
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,18 +20,23 @@ EMPTY = "bitfit_empty_batch"
 _STATE_BYTES, _FIRST, _WORDS = 5056, 3, 624
 
 
-def unguessable_generator() -> torch.Generator:
-    """A torch generator on the CPU whose whole state comes from the operating system.
+def keyed_generator(key: bytes, *purpose: bytes) -> torch.Generator:
+    """A torch generator on the CPU, always the same for one purpose, whose whole state is made of a secret key.
 
     `manual_seed` takes in 32 bits of its seed, and so many seeds can be tried out by who holds a noised gradient
     against them.
+
+    Args:
+        key (`bytes`): The secret.
+        purpose (`bytes`): What the numbers are for.
     """
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
     if state.numel() != _STATE_BYTES:
         raise RuntimeError(f"torch {torch.__version__} keeps {state.numel()} bytes of state, not {_STATE_BYTES}.")
-    words = torch.frombuffer(bytearray(secrets.token_bytes(4 * _WORDS)), dtype=torch.int32).long() & 0xFFFFFFFF
-    state.view(torch.int64)[_FIRST : _FIRST + _WORDS] = words
+    seed = key + b"".join(hashlib.sha256(part).digest() for part in purpose)
+    words = torch.frombuffer(bytearray(hashlib.shake_256(seed).digest(4 * _WORDS)), dtype=torch.int32)
+    state.view(torch.int64)[_FIRST : _FIRST + _WORDS] = words.long() & 0xFFFFFFFF
     generator.set_state(state)
     return generator
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
@@ -46,7 +47,7 @@ class PrivateTrainer(Trainer):
     its parts for gradient accumulation hold examples of like length.
 
     Not covered: evaluation data and what is chosen by it, and what this process writes for you alone, such as the
-    training loss in the log and `trainer_state.json`, and the generators' states in checkpoints.
+    training loss in the log and `trainer_state.json`, and the key of the noise in checkpoints.
 
     Args:
         args, kwargs: As for [`~transformers.Trainer`]; a `BitFitCallback(privacy=PrivacyConfig(...))` is among the
@@ -104,6 +105,11 @@ class PrivateTrainer(Trainer):
         """Poisson batches of this process; accelerate is left out, whose loaders know batches of one size only."""
         ledger, args = self.ledger, self.args
         data: Any = self.train_dataset
+        if len(data) != ledger.examples:
+            raise PrivacyError(
+                f"The training data has {len(data)} examples, and what was spent is of {ledger.examples}: another "
+                "sampling rate and another δ. Make a new Trainer, on a model from the base."
+            )
         collate: Any = self.data_collator
         if hasattr(data, "column_names"):
             data = self._remove_unused_columns(data, description="training")
@@ -130,7 +136,7 @@ class PrivateTrainer(Trainer):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         resume = kwargs.get("resume_from_checkpoint")
         self._resumed_from = Path(resume) if resume else None
-        skip, self.args.ignore_data_skip = self.args.ignore_data_skip, True  # the generators' states do that
+        skip, self.args.ignore_data_skip = self.args.ignore_data_skip, True  # the ledger's key does that
         try:
             result = super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -156,7 +162,8 @@ class PrivateTrainer(Trainer):
             self.ledger.load(self._resumed_from, step)
         else:
             self._check_start(model, untrained=not any(bool(delta.any()) for delta in deltas.values()))
-        self.ledger.share_generators()
+        self.ledger.share_key()
+        self.ledger.state = lambda: (self._digest() or "").encode()
         self.ledger.plan(last_step - step)
         # Whoever saves before the end says more than is spent, never less.
         self._run.privacy = self.ledger.facts(ahead=last_step - step)
@@ -225,11 +232,13 @@ class PrivateTrainer(Trainer):
             ledger = self.ledger
             assert ledger.noise_multiplier is not None
             ledger.spend()  # before the noise: a run that is broken off here has counted too much, never too little
+            several = self.args.world_size > 1
             self._sum.release(
                 ledger.noise_multiplier,
                 ledger.noise if self.args.process_index == 0 else None,
                 ledger.expected_batch_size,
-                reduce=(lambda total: self.accelerator.reduce(total, "sum")) if self.args.world_size > 1 else None,
+                reduce=(lambda total: self.accelerator.reduce(total, "sum")) if several else None,
+                broadcast=broadcast if several else None,
             )
         return loss
 

@@ -1,4 +1,4 @@
-"""Every comparison system of the BitFit paper, and LoRA, behind one interface: see [`Method`]."""
+"""Every comparison system of the BitFit paper, LoRA, and BitFit by default, behind one interface: see [`Method`]."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .random_subset import RandRowCol, RandUniform
 METHODS: dict[str, type[Method]] = {
     "full": Full,
     "bitfit": BitFit,
-    "bitfit_default": BitFitDefault,
     "frozen": Frozen,
     "rand_uniform": RandUniform,
     "rand_row_col": RandRowCol,
     "diff_pruning": DiffPruning,
     "adapter": Adapter,
     "lora": Lora,
+    "bitfit_default": BitFitDefault,
 }
 
 __all__ = ["METHODS", "Method", "TrainableCount", "make_method"]

@@ -1,0 +1,9 @@
+"""One frozen ONNX graph for all tasks of a bank, and one task as an ONNX Runtime adapter.
+
+- [`export_onnx`](graphs.py) traces a backbone whose layers take each example's `b_0 + δ` from outside (`layers`,
+  `architectures`, `tracing`), and writes the graph beside a description that is checked when it is read (`folder`).
+- [`OnnxEngine`](session.py) runs it for a [`TaskBank`](../bank.py).
+- [`export_onnx_adapter`](adapter.py) writes one task so that stock `onnxruntime` runs it without this library.
+
+The packages of the extra `onnx` are imported when they are needed (`packages`).
+"""
