@@ -330,22 +330,20 @@ def card_facts(args: QuickstartArguments, task: str) -> dict[str, Any]:
 
 
 def summary(results: list[Result]) -> Table:
+    """The figures of all tasks. It fits into 80 columns: what does not is what is shown cut off."""
     table = Table(title="Before and after", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("task", overflow="fold")
-    for column in ("trained", "of base", "on disk", "time"):
+    for column in ("trained", "on disk", "time"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("metric", no_wrap=True)
     for column in ("majority", "words", "untuned", "frozen", "BitFit"):
         table.add_column(column, justify="right", no_wrap=True, style="bold" if column == "BitFit" else "")
     for result in results:
         scores = (result.majority, result.bag_of_words, result.untuned, result.frozen, result.bitfit)
         table.add_row(
-            result.task,
-            f"{result.biases + result.head:,}",
-            f"{(result.biases + result.head) / result.base:.2%}",
+            f"{result.task}\n[dim]{result.metric}[/]",
+            f"{result.biases + result.head:,}\n[dim]{(result.biases + result.head) / result.base:.2%}[/]",
             f"{result.bytes / 1e3:.0f} kB",
             f"{result.seconds:.0f} s",
-            result.metric,
             *("–" if value is None else f"{value:.3f}" for value in scores),
         )
     return table

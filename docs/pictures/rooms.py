@@ -16,7 +16,8 @@ from types import ModuleType
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[2]
-ROW, WIDTH, BOX, LEFT = 38, 760, 150, 40
+ROW, WIDTH, BOX = 54, 760, 130
+SHIFT = (0, 80, 0, -80)
 
 
 def guard() -> ModuleType:
@@ -58,43 +59,58 @@ def files(room: str) -> int:
     return len(list(folder.rglob("*.py"))) if folder.is_dir() else 1
 
 
+def levels(rooms: list[str], direct: dict[str, set[str]]) -> list[list[str]]:
+    """The rooms by height: one lies above all that it stands on. In a row, each is near to what it stands on."""
+    height: dict[str, int] = {}
+    place: dict[str, float] = {}
+    for room in rooms:
+        height[room] = 1 + max((height[low] for low in direct[room]), default=-1)
+    rows = [[room for room in rooms if height[room] == level] for level in range(max(height.values()) + 1)]
+    for row in rows:
+        row.sort(key=lambda room: sum(place[low] for low in direct[room]) / max(len(direct[room]), 1))
+        for index, room in enumerate(row):
+            place[room] = (index + 1) / (len(row) + 1)
+    return rows
+
+
 def picture(rooms: list[str], below: dict[str, set[str]]) -> str:
-    """The rooms as a column, the top one first, with a line from each to those it stands on."""
+    """The rooms, the top one first, with a line from each to those it stands on."""
     direct = needed(rooms, below)
-    height = ROW * len(rooms) + 60
-    y = {room: 40 + ROW * (len(rooms) - 1 - index) for index, room in enumerate(rooms)}
+    rows = levels(rooms, direct)
+    size = 50 + ROW * len(rows)
+    place = {
+        # Shifted row by row: else a long line would run behind the rooms between, as if it led to them.
+        room: (WIDTH * (index + 1) / (len(row) + 1) + SHIFT[level % 4], size - 46 - ROW * level)
+        for level, row in enumerate(rows)
+        for index, room in enumerate(row)
+    }
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {size}" role="img" '
         'font-family="Helvetica, Arial, sans-serif">',
         "<title>The rooms of bitfit_hf, and which imports from which</title>",
-        f'<rect width="{WIDTH}" height="{height}" rx="12" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="24" font-size="13" fill="#57606a">A room imports from rooms further down only. Drawn: '
-        "imports that do not follow from others.</text>",
+        f'<rect width="{WIDTH}" height="{size}" rx="12" fill="#ffffff"/>',
+        f'<text x="{WIDTH / 2:.0f}" y="20" font-size="12" text-anchor="middle" fill="#57606a">'
+        "A line leads down to a room that is imported from. Imports that follow from others are left out.</text>",
     ]
-    lane = {room: LEFT + BOX + 28 + 26 * index for index, room in enumerate(rooms)}
     for room in rooms:
+        (x, y) = place[room]
         for low in sorted(direct[room], key=rooms.index):
-            start, end, x = y[room] + 13, y[low] + 13, lane[low]
+            (to_x, to_y) = place[low]
+            middle = (y + 26 + to_y) / 2
             lines.append(
-                f'<path d="M {LEFT + BOX} {start} H {x - 8} Q {x} {start} {x} {start + 8} V {end - 8} '
-                f'Q {x} {end} {x - 8} {end} H {LEFT + BOX + 6}" fill="none" stroke="#8c959f" stroke-width="1.2"/>'
+                f'<path d="M {x:.0f} {y + 26:.0f} C {x:.0f} {middle:.0f} {to_x:.0f} {middle:.0f} {to_x:.0f} '
+                f'{to_y:.0f}" fill="none" stroke="#8c959f" stroke-width="1.3"/>'
             )
-    for room in rooms:
-        count = files(room)
-        shown = "bitfit_hf/__init__" if room == "__init__" else room + ("/" if count > 1 else "")
+    for room, (x, y) in place.items():
+        shown = "bitfit_hf/__init__" if room == "__init__" else room + ("/" if files(room) > 1 else "")
         lines += [
-            f'<rect x="{LEFT}" y="{y[room]}" width="{BOX}" height="26" rx="5" fill="#ddf4ff" stroke="#0969da"/>',
-            f'<text x="{LEFT + 10}" y="{y[room] + 17}" font-size="13" fill="#1f2328">{escape(shown)}</text>',
+            f'<rect x="{x - BOX / 2:.0f}" y="{y:.0f}" width="{BOX}" height="26" rx="5" fill="#ddf4ff" '
+            'stroke="#0969da"/>',
+            f'<text x="{x:.0f}" y="{y + 17:.0f}" font-size="13" text-anchor="middle" fill="#1f2328">'
+            f"{escape(shown)}</text>",
         ]
-        if direct[room]:
-            lines.append(f'<circle cx="{LEFT + BOX}" cy="{y[room] + 13}" r="2.5" fill="#0969da"/>')
-        lines.append(
-            f'<path d="M {LEFT + BOX + 7} {y[room] + 9} l -7 4 l 7 4 z" fill="#8c959f"/>'
-            if any(room in lows for lows in direct.values())
-            else ""
-        )
     lines.append("</svg>")
-    return "\n".join(line for line in lines if line) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def draw(path: Path) -> None:

@@ -109,15 +109,15 @@ def quickstart() -> str:
     """What `make quickstart` has brought."""
     record = read("quickstart.json")
     lines = [
-        "| accuracy, one run | majority | bag of words | frozen body | BitFit | trained | on disk | time |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| accuracy, one run | majority | bag of words | frozen body | BitFit | trained | on disk |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in record["results"]:
         values = " | ".join(f"{row[name]:.2f}" for name in ("majority", "bag_of_words", "frozen"))
         trained = row["biases"] + row["head"]
         lines.append(
             f"| {row['task']} ({row['labels']} labels) | {values} | **{row['bitfit']:.2f}** | "
-            f"{trained:,} ({trained / row['base']:.2%}) | {size(row['bytes'])} | {row['seconds']:.0f} s |"
+            f"{trained:,} ({trained / row['base']:.2%}) | {size(row['bytes'])} |"
         )
     lines += ["", f"<sub>[`{PLACE}/quickstart.json`]({PLACE}/quickstart.json)</sub>"]
     return "\n".join(lines)

@@ -1,21 +1,33 @@
-"""The README's Python runs as it stands, but for whose the repos are, against the loopback Hub and a tiny base."""
+"""The README's Python runs as it stands, but for whose the repos are, against the loopback Hub and a tiny base, and so
+does every way of loading in the guide. Its figures are those of the recorded results."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, Pipeline, pipeline
+from benchmarks import figures
+from peft import get_peft_model
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from bitfit_hf import BiasDelta, BitFitConfig, load_delta
+from bitfit_hf import BitFitConfig, push_to_hub
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-README = README.replace('"bert-base-uncased"', '"alice/bert-base-uncased"').replace('"user/', '"alice/')
-TRAIN, PUSH, LOAD, SERVE = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[2]
+
+
+def code_of(name: str) -> list[str]:
+    """The Python blocks of a page, with the Hub's names replaced by those of a user who exists here."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = text.replace('"bert-base-uncased"', '"alice/bert-base-uncased"').replace('"user/', '"alice/')
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+TRAIN, USE = code_of("README.md")
+(LOAD,) = (code for code in code_of("docs/guides/hub.md") if "AutoPeftModel" in code)
 BASE = "alice/bert-base-uncased"
 
 
@@ -39,47 +51,64 @@ def run(code: str, **names: Any) -> dict[str, Any]:
     return names
 
 
-def test_training_sharing_and_every_way_of_loading(workplace: Path) -> None:
+def test_training_every_way_of_loading_and_a_bank(workplace: Path) -> None:
     trained = run(TRAIN, train_dataset=rows(), eval_dataset=rows())
-    model, tuned = trained["model"], trained["tuned"]
+    model = trained["model"]
     assert {path.name for path in (workplace / "my-task").glob("adapter*")} == {
         "adapter_config.json",
         "adapter_model.safetensors",
     }
     ids = torch.stack([row["input_ids"] for row in rows()])
     expected = model.eval()(ids).logits
-    assert torch.allclose(tuned(ids).logits, expected, atol=1e-6)
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    run(PUSH, model=model, tokenizer=tokenizer)
-    names = {
-        "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
-        "AutoPeftModelForSequenceClassification": AutoPeftModelForSequenceClassification,
-        "PeftModel": PeftModel,
-        "load_delta": load_delta,
-        "pipeline": pipeline,
-    }
-    ways = LOAD.splitlines()
-    assert len(ways) == 6
-    for way in ways:
-        base = AutoModelForSequenceClassification.from_pretrained(BASE)
-        loaded = eval(way.partition("  #")[0], {**names, "base": base})
-        if "(base" in way or "base." in way:  # these change the model that they are given
-            loaded = base
-        elif isinstance(loaded, Pipeline):
-            loaded = loaded.model
-        assert torch.allclose(loaded.eval()(ids).logits, expected, atol=1e-6), way
+    push_to_hub(model, "alice/mood", tokenizer=tokenizer)
+    push_to_hub(model, "alice/bert-base-rte-bitfit")
+    used = run(USE)
+    texts = ["Not bad at all.", ("It rains.", "It is wet.")]
+    assert [answer["label"] for answer in used["answers"]] == [
+        model.config.id2label[int(model(**tokenizer(*text, return_tensors="pt")).logits.argmax())]
+        for text in ((texts[0],), texts[1])
+    ]
+    assert torch.allclose(used["classify"].model.eval()(ids).logits, expected, atol=1e-6)
 
 
-def test_serving(workplace: Path) -> None:
-    for name, labels in (("stance", 3), ("intent", 6)):
-        tuned = get_peft_model(
-            AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=labels), BitFitConfig()
-        )
-        BiasDelta.from_model(tuned).save_pretrained(workplace / "outputs" / "quickstart" / name)
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    encoded = tokenizer(["not bad at all", "please cancel my order"], padding=True, return_tensors="pt")
-    base_model = AutoModel.from_pretrained(BASE)
-    out = run(SERVE, base_model=base_model, tokenizer=tokenizer, encoded=encoded)["out"]
-    assert out[0].logits.shape == (3,)
-    assert torch.allclose(out[1].last_hidden_state, base_model.eval()(**encoded).last_hidden_state[1], atol=1e-6)
+def test_every_way_of_loading_in_the_guide_gives_the_tuned_model(workplace: Path) -> None:
+    tuned = get_peft_model(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=2), BitFitConfig())
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    expected = tuned.eval()(ids).logits
+    push_to_hub(tuned, "alice/minilm-mood", tokenizer=AutoTokenizer.from_pretrained(BASE))
+
+    names: dict[str, Any] = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "base": BASE}
+    ways = 0
+    for statement in ast.parse(LOAD).body:
+        code = ast.unparse(statement)
+        if not isinstance(statement, ast.Expr):
+            exec(code, names)  # our own file
+            loaded = names["several"] if code.startswith("several") else names.get("plain")
+            if not code.startswith("plain"):
+                continue
+        elif code.startswith("several."):
+            eval(code, names)
+            loaded = names["several"]
+        elif code.startswith("pipeline"):
+            loaded = eval(code.removesuffix("('not bad')"), names).model
+        else:
+            loaded = eval(code, names)
+        ways += 1
+        assert torch.allclose(loaded.eval()(ids).logits, expected, atol=1e-6), code
+    assert ways == 6
+
+
+def test_the_readme_has_the_figures_of_the_recorded_results() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(figures.BLOCKS) == {match[2] for match in figures.BLOCK.finditer(text)}
+    assert figures.filled(text) == text, "run recipes/benchmarks/figures.py"
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 125

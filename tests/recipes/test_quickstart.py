@@ -77,6 +77,10 @@ def test_generated_tasks_end_to_end(study_base, tmp_path, capsys):
     assert shown.count(" → ") == 2
     assert f"bitfit inspect {results[0].folder}" in shown
     assert "First a baseline" in shown
+    assert all(
+        column in shown for column in ("trained", "on disk", "majority", "words", "untuned", "frozen", "BitFit")
+    )
+    assert "…" not in shown[shown.index("Before and after") : shown.index("All tasks on one base")]
 
 
 @pytest.mark.parametrize(
