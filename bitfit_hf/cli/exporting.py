@@ -37,14 +37,21 @@ def write_adapter(delta: BiasDelta, base: Any, folder: Path, name: str) -> None:
 
 
 def write_graph(
-    name: str, folder: Path, *, int8: bool, add_missing_biases: bool, revision: str | None, token: str | None
+    name: str,
+    folder: Path,
+    *,
+    int8: bool,
+    int8_mlp: bool,
+    add_missing_biases: bool,
+    revision: str | None,
+    token: str | None,
 ) -> str:
     """The backbone of a base as one graph for all of its tasks; returns its class."""
     config = read_model_config(name, revision=revision, token=token)
     model: Any = load_model(name, model_class(config, name), revision=revision, token=token)
     if model.dtype is not torch.float32:
         model = model.float()
-    export_onnx(model, folder, int8=int8, add_missing_biases=add_missing_biases)
+    export_onnx(model, folder, int8=int8, int8_mlp=int8_mlp, add_missing_biases=add_missing_biases)
     copy_preprocessing([preprocessing_folder(name, revision=revision, token=token)], folder)
     return type(model.base_model).__name__
 

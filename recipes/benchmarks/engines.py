@@ -1,4 +1,4 @@
-"""The engines of a `TaskBank`: torch, ONNX Runtime and ONNX Runtime with int8 weights, in one interleaved run.
+"""The engines of a `TaskBank`: torch, ONNX Runtime and ONNX Runtime with int8 weights, in one run.
 
 Each example of a batch is of a random one of 1, 100, 1,000 or 10,000 resident tasks. For each engine the bank is held
 against the plain base on the same engine: one classifier without any tasks, exported by the same exporter and run with
@@ -51,7 +51,7 @@ from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, export_
 from bitfit_hf.bank.onnx.quantize import quantize, quantized_copy
 from bitfit_hf.bank.onnx.tracing import trace
 
-ENGINES = ("torch", "onnxruntime", "int8")
+ENGINES = ("torch", "onnxruntime", "int8", "int8-mlp")
 Answering = Callable[[dict[str, torch.Tensor], Sequence[str]], Any]
 
 
@@ -92,7 +92,8 @@ class Systems:
         self.template = BiasDelta.from_model(get_peft_model(load(name, num_labels=2), BitFitConfig()))
         backbone = AutoModel.from_pretrained(name)
         export_onnx(backbone, folder / "onnxruntime")
-        quantized_copy(folder / "onnxruntime", folder / "int8")
+        for engine in ENGINES[2:]:
+            quantized_copy(folder / "onnxruntime", folder / engine, mlp=engine == "int8-mlp")
         self.banks = {"torch": TaskBank(backbone)}
         for engine in ENGINES[1:]:
             self.banks[engine] = TaskBank(backbone, engine="onnxruntime", graph=folder / engine)
@@ -126,15 +127,17 @@ def _plain_sessions(name: str, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     inputs = ["input_ids", "attention_mask"]
     trace(_Classifier(model), (ids, torch.ones_like(ids)), (shape, shape), inputs, ["logits"], folder)
-    shutil.copytree(folder, folder.parent / "plain-int8")
-    quantize(folder.parent / "plain-int8")
+    places = {"onnxruntime": folder}
+    for engine in ENGINES[2:]:
+        places[engine] = shutil.copytree(folder, folder.parent / f"plain-{engine}")
+        quantize(places[engine], mlp=engine == "int8-mlp")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")  # as the bank's, so that neither disturbs
     return {
         engine: onnxruntime.InferenceSession(place / "model.onnx", options, providers=["CPUExecutionProvider"])
-        for engine, place in (("onnxruntime", folder), ("int8", folder.parent / "plain-int8"))
+        for engine, place in places.items()
     }
 
 
