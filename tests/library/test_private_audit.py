@@ -97,7 +97,7 @@ def test_the_audit_catches_broken_variants(broken):
 
 # --- a Trainer's whole way ---
 
-UPDATES, COUNT, SHARE, LOUD = 1500, 64, 4, 0.9
+UPDATES, COUNT, SHARE, LOUD = 1500, 128, 8, 0.9
 
 
 def released(
