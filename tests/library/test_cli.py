@@ -860,8 +860,12 @@ def places(files: Files, tmp_path: Path) -> dict[str, Path]:
 # Told before anything is imported, with click's own exit code.
 IN_THE_COMMAND = {
     *("unknown command", "unknown option", "unknown global option", "missing argument", "missing option"),
-    *("missing value", "wrong value", "wrong choice", "no format"),
+    *("missing value", "wrong value", "wrong choice", "two formats", "int8 of a delta"),
 }
+
+
+def test_the_mistakes_in_the_command_are_among_them() -> None:
+    assert set(MISTAKES) > IN_THE_COMMAND
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -150,7 +150,12 @@ def test_penn_tags_from_conll_files_equal_those_of_the_rows(study_base, study_da
     from_files = run(study_base, tmp_path / "files", *files, *columns, "--method", "frozen")
     rows = ["--data_dir", str(study_data), "--tag_column", "xpos"]
     from_rows = run(study_base, tmp_path / "rows", *rows, "--method", "frozen")
-    assert from_files.history == from_rows.history
+    histories = [
+        [{name: value for name, value in entry.items() if not name.endswith("seconds")} for entry in record.history]
+        for record in (from_files, from_rows)
+    ]
+    assert histories[0] == histories[1]
+    assert len(histories[0]) == 2
     assert (from_files.task, from_rows.task) == ("column 5", "xpos")
     assert "test" not in from_files.notes
     assert from_files.config["train_file"] == "<local path>"
