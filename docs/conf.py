@@ -38,7 +38,7 @@ myst_heading_anchors = 3
 # is a failed build.
 nb_execution_mode = "force"
 nb_execution_show_tb = True  # and a warning, which fails the build
-nb_execution_timeout = 300  # seconds for a cell
+nb_execution_timeout = 600  # seconds for a cell
 nb_output_stderr = "remove"  # progress bars, and what other libraries say when they are imported
 
 # The reference, from docstrings in the Hugging Face format (see `_ext/hf_docstrings.py`). Types stand in `Args`.
