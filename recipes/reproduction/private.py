@@ -47,7 +47,7 @@ EXAMPLES = {"sst2": 15_360, "pos": 6_144}
 # A private update is shared by many examples; without privacy small batches are better.
 BATCH, PLAIN_BATCH = {"sst2": 768, "pos": 512}, 32
 RATES = {MINILM: (4e-3, 1e-3), MPNET: (2e-3, 1e-3)}  # of the deltas and of the head, with privacy
-PLAIN_RATES = {MINILM: 4e-3, MPNET: 1e-3}
+PLAIN_RATES = {MINILM: 1e-3, MPNET: 1e-3}
 SEARCHED = ((4e-3, 1e-3), (1e-2, 1e-3), (1e-2, 4e-3), (2e-3, 2e-3))
 
 
