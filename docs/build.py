@@ -33,7 +33,12 @@ def base_files() -> dict[str, bytes]:
     """The base model's files, from the package that carries them."""
     from quickstart import demo_model
 
-    return {path.name: path.read_bytes() for path in sorted(Path(demo_model()).iterdir()) if path.is_file()}
+    folder = Path(demo_model())
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".gitattributes"  # which the Hub makes itself
+    }
 
 
 @contextmanager
