@@ -66,7 +66,7 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
             adapter_names (`Sequence[str]`, *optional*): One adapter for each example of the batch.
         """
         if adapter_names is not None and self._only is None:
-            return self._mixed_forward(adapter_names, *args, **kwargs)
+            return self._mixed_batch_forward(adapter_names, *args, **kwargs)
         if self._tape is not None:
             return self._forward_per_example(self._tape, *args, **kwargs)
         result = self._modules["base_layer"](*args, **kwargs)  # type: ignore[misc]

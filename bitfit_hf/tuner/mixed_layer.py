@@ -49,7 +49,7 @@ class MixedBatchLayer(nn.Module):
         assert self._mixed is not None
         return self._mixed.rows_per_example(self, rows)
 
-    def _mixed_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+    def _mixed_batch_forward(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """One forward pass in which example `i` of the batch is computed with adapter `adapter_names[i]`."""
         if self._disable_adapters:
             with self.using():

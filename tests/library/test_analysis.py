@@ -298,6 +298,7 @@ def test_untrained_delta_is_drawn_in_white():
     assert {image.get_clim() for image in plot_bias_change(delta).axes[0].images} == {(0.0, 1.0)}
 
 
+@pytest.mark.slow
 def test_global_state_of_matplotlib_is_left_alone(tmp_path):
     code = """
 import sys

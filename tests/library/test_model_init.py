@@ -62,7 +62,7 @@ def test_it_trains_as_the_model_itself_does(way: str, head_rate: float | None, t
         assert same_tensors(base_tensors(trainer.model), base_tensors(fresh()))
         assert same(saved(tmp_path / "init" / "checkpoint-4"), tuned(trainer.model))
     rates = {group["name"]: group["initial_lr"] for group in trainer.optimizer.param_groups}
-    head = dict.fromkeys(("head", "head_no_decay"), head_rate or 1e-2)
+    head = dict.fromkeys(("head", "head_no_decay"), pytest.approx(head_rate or 3e-2))
     assert rates == {"delta": 1e-2, "delta:query+key+value+intermediate": pytest.approx(3e-2), **head}
 
     model = prepared(way, dropout=0.1)

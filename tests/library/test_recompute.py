@@ -400,6 +400,7 @@ def test_mixed_batches_are_left_alone() -> None:
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_compiled_models_take_the_ordinary_path() -> None:
     model, batch = recompute_activations(tuned("bert").eval()), _classes()
     compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)

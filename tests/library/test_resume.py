@@ -141,7 +141,7 @@ def test_a_folder_without_a_checkpoint_is_refused_by_the_trainer(way: str, tmp_p
 def test_a_rate_for_the_head_newly_added_is_one_sentence(way: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(prepared(way), tmp_path)
     trainer = trainer_for(prepared(way), tmp_path / "second", BitFitCallback(head_learning_rate=HEAD_RATE))
-    message = r"of the head: 0\.01 instead of 0\.003[\s\S]*resumed run keeps the rates that its checkpoint"
+    message = r"of the head: 0\.03 instead of 0\.003[\s\S]*resumed run keeps the rates that its checkpoint"
     with pytest.raises(OptimizerError, match=message) as error:
         trainer.train(resume_from_checkpoint=checkpoint)
     assert "optimizer of your own" not in str(error.value)

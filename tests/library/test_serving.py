@@ -490,7 +490,7 @@ def options_of_the_command() -> dict[str, str]:
 
 def test_the_guide_has_every_option_with_its_default():
     options = options_of_the_command()
-    assert len(options) == 22
+    assert len(options) == 24
     guide = (ROOT / "docs" / "guides" / "serving.md").read_text()
     rows = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \|([^|]*)\|", guide, flags=re.MULTILINE))
     assert set(rows) == {option for option in options.values() if option.startswith("--")}

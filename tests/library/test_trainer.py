@@ -168,8 +168,15 @@ def test_what_is_saved_loads(name: str, tmp_path: Path) -> None:
 # --- resume ---
 
 
-@pytest.mark.parametrize("head_rate", [None, 3e-3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "head_rate"),
+    [
+        (IN_PLACE, None),
+        (WRAPPED, 3e-3),
+        pytest.param(IN_PLACE, 3e-3, marks=pytest.mark.slow),
+        pytest.param(WRAPPED, None, marks=pytest.mark.slow),
+    ],
+)
 def test_resume_equals_an_uninterrupted_run(
     way: str, head_rate: float | None, tmp_path: Path, trainer_log: pytest.LogCaptureFixture
 ) -> None:
@@ -317,8 +324,15 @@ def scores(*values: float) -> Any:
     return lambda prediction: {"score": next(left)}
 
 
-@pytest.mark.parametrize("head_rate", [None, 3e-3])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "head_rate"),
+    [
+        (IN_PLACE, None),
+        (WRAPPED, 3e-3),
+        pytest.param(IN_PLACE, 3e-3, marks=pytest.mark.slow),
+        pytest.param(WRAPPED, None, marks=pytest.mark.slow),
+    ],
+)
 def test_the_best_model_is_loaded_at_the_end(
     way: str, head_rate: float | None, tmp_path: Path, trainer_log: pytest.LogCaptureFixture
 ) -> None:
@@ -527,7 +541,7 @@ def test_a_bf16_base(way: str, tmp_path: Path) -> None:
     assert same_tensors(base_tensors(model), base)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [IN_PLACE, pytest.param(WRAPPED, marks=pytest.mark.slow)])
 def test_torch_compile(way: str, tmp_path: Path) -> None:
     results = {}
     for compiled in (False, True):
