@@ -6,13 +6,14 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # More options for a recipe: make quickstart ARGS="--task rte --data_dir path/to/rte"
 ARGS ?=
 
-.PHONY: help quickstart bench test test-slow quality style docs dist-check clean
+.PHONY: help quickstart bench test test-slow test-ray quality style docs dist-check clean
 
 help:
 	@echo "make quickstart   train two generated tasks on a real MiniLM, offline (ARGS=... are passed to recipes/quickstart.py)"
 	@echo "make bench        what a training step costs against other methods (ARGS=... are passed to recipes/benchmarks/training.py)"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-slow    the slow ones"
+	@echo "make test-ray     those that start a local Ray; on a machine that has nothing else to do"
 	@echo "make quality      ruff check, ruff format --check, mypy"
 	@echo "make style        let ruff fix and format"
 	@echo "make docs         the documentation, with all its code run (ARGS=--no-run writes the pages only)"
@@ -53,10 +54,13 @@ bench: $(VENV)/.demo
 # One thread per test process: the tests' models are small, and two processes share the cores better than their threads do.
 # Tests of one file stay together as long as there is enough to do (worksteal), so that most of its fixtures are made once.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not ray" $(ARGS)
 
 test-slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not ray" $(ARGS)
+
+test-ray: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray $(ARGS)
 
 quality: $(VENV)/.dev
 	$(BIN)/ruff check .

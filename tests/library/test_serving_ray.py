@@ -28,7 +28,7 @@ from bitfit_hf.serving.ray import settings_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "recipes" / "deploy" / "ray_serve.yaml"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.ray
 
 
 def free_port() -> int:
