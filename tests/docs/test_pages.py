@@ -226,7 +226,7 @@ def test_blocks_of_a_page_share_names_and_a_failing_one_is_told_with_its_line(tm
 @pytest.mark.slow
 def test_a_broken_link_and_a_renamed_function_fail_the_build(tmp_path):
     pytest.importorskip("furo")
-    for name in ("bitfit_hf", "tests"):
+    for name in ("bitfit_hf", "recipes", "tests", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     ignored = shutil.ignore_patterns("_build", "outputs", "upstream", "rooms.svg")
     shutil.copytree(DOCS, tmp_path / "docs", ignore=ignored)
