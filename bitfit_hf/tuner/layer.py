@@ -10,15 +10,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..backends.sharded import is_sharded, lent
+from ..backends.sharded import is_sharded
 from ..errors import MergeError, UnsupportedLayerError
 from ..storage.keys import PREFIX
 from ..terms import Bias
-from ..terms.base_bias import add_deltas, base_bias, forget, kept_bias, put_back, write_over
+from ..terms.base_bias import base_bias, forget, kept_bias, put_back, write_over
 from ..terms.survey import span_index
-from .layer_kinds import compute_dtype, features, out_features, reads_bias
+from .layer_deltas import index_name
+from .layer_kinds import features
 from .mixed_layer import MixedBatchLayer
-from .precision import Float32ParameterDict
 from .reading import install, stock_class, uninstall
 
 if TYPE_CHECKING:
@@ -39,20 +39,13 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
     """
 
     def __init__(self, base_layer: nn.Module, parameters: Sequence[str]) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.bias_parameters = tuple(parameters)
+        super().__init__(base_layer, parameters)
         self.adapter_layer_names = tuple(PREFIX + name for name in self.bias_parameters)
-        for name in self.adapter_layer_names:
-            setattr(self, name, Float32ParameterDict())
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         # Layer and name of the biases that are the same Parameter as this layer's, which are merged there.
         self._tied: dict[str, tuple[BitFitLayer, str]] = {}
         self._tape: Any = None  # a `PerExample`, while per-example gradients are taken
         self._own_forward = False  # then: whether it is the layer's own forward that runs
         self._head: tuple[BitFitHead, ...] = ()
-        self._adds_to_output = any(not reads_bias(base_layer, name) for name in self.bias_parameters)
         if not self._adds_to_output:
             install(base_layer, self.bias_parameters, owner=self)
 
@@ -85,26 +78,6 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
                 added = self._add_to_output(torch.zeros((), dtype=result.dtype, device=result.device))
             result = result + added
         return tape.tap(self, result)
-
-    def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
-        for parameter in self.bias_parameters:
-            names = [name for name in self.adapters_in_use if name in self._deltas(parameter)]
-            if names:
-                result = result + self._sum(parameter, None, names).to(result.dtype)
-        return result
-
-    # This runs for every layer in every forward pass, and its time shows with a small model or on a fast device. So
-    # plain attributes are read instead of properties, and casts that change nothing are not called.
-
-    @property
-    def adapters_in_use(self) -> Sequence[str]:
-        """The adapters whose deltas the layer computes with at this moment."""
-        if self._only is not None:
-            return self._only
-        if self._disable_adapters or self.merged_adapters:
-            return ()
-        active = self._active_adapter
-        return (active,) if isinstance(active, str) else active
 
     def effective_bias(self, parameter: str, base: torch.Tensor | None) -> torch.Tensor | None:
         """`b_0 + Σ δ` of the adapters in use, in the dtype of `b_0`; `base` itself if there are none."""
@@ -139,15 +112,6 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
             value = self._sum(parameter, base, names)
         return value if parameter == "bias" else tape.vector(self, parameter, value)
 
-    def _sum(self, parameter: str, base: torch.Tensor | None, names: Sequence[str]) -> torch.Tensor:
-        deltas, layer = self._deltas(parameter), self.base_layer
-        return add_deltas(
-            base,
-            [(lent(deltas[name], layer), self._index(parameter, name)) for name in names],
-            dtype=compute_dtype(layer) if base is None else base.dtype,
-            shape=() if base is not None else (out_features(layer),),
-        )
-
     # --- adapters ---
 
     def update_layer(
@@ -175,7 +139,7 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
                     torch.zeros(shape, dtype=torch.float32, device=device or self.device_of_base)
                 )
                 if index is not None:
-                    self.register_buffer(_index_name(parameter, adapter_name), index.to(self.device_of_base), False)
+                    self.register_buffer(index_name(parameter, adapter_name), index.to(self.device_of_base), False)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def share_delta(self, adapter_name: str, parameter: str, owner: BitFitLayer, owners_parameter: str) -> None:
@@ -183,20 +147,20 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
         self._deltas(parameter).share(adapter_name, owner._deltas(owners_parameter)[adapter_name])
         index = owner._index(owners_parameter, adapter_name)
         if index is not None:
-            self.register_buffer(_index_name(parameter, adapter_name), index, False)
+            self.register_buffer(index_name(parameter, adapter_name), index, False)
         self._tied[parameter] = (owner, owners_parameter)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         for parameter in self.bias_parameters:
-            self._buffers.pop(_index_name(parameter, adapter_name), None)
+            self._buffers.pop(index_name(parameter, adapter_name), None)
 
     def forget(self, adapter_name: str) -> None:
         """Removes an adapter and all that is kept for it; nothing where there is none."""
         for parameter in self.bias_parameters:
             if adapter_name in self._deltas(parameter):
                 del self._deltas(parameter)[adapter_name]
-            self._buffers.pop(_index_name(parameter, adapter_name), None)
+            self._buffers.pop(index_name(parameter, adapter_name), None)
         self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
 
     def serves_any(self) -> bool:
@@ -234,15 +198,6 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether `adapter_name` tunes anything in this layer."""
         return any(adapter_name in self._deltas(parameter) for parameter in self.bias_parameters)
-
-    def _deltas(self, parameter: str) -> Float32ParameterDict:
-        return self._modules[PREFIX + parameter]  # type: ignore[return-value]  # getattr takes three times as long
-
-    def _index(self, parameter: str, adapter_name: str) -> torch.Tensor | None:
-        return self._buffers.get(_index_name(parameter, adapter_name))
-
-    def _stored_bias(self, parameter: str) -> torch.Tensor | None:
-        return self.base_layer._parameters.get(parameter)
 
     def base_bias(self, parameter: str) -> torch.Tensor | None:
         """`b_0` as the base was loaded, also while adapters are merged into it."""
@@ -365,7 +320,3 @@ class BitFitLayer(MixedBatchLayer, BaseTunerLayer):
             if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
-
-
-def _index_name(parameter: str, adapter_name: str) -> str:
-    return f"_{PREFIX}{parameter}_index_{adapter_name}"

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedLayerError
+from .layer_deltas import LayerDeltas
 from .layer_kinds import channel_axis, out_features
 from .mixed import BASE, MixedBatch, pick_rows
-from .precision import Float32ParameterDict
 
 
-class MixedBatchLayer(nn.Module):
+class MixedBatchLayer(LayerDeltas):
     """
     What [`BitFitLayer`] does with one adapter per example.
 
@@ -23,11 +23,6 @@ class MixedBatchLayer(nn.Module):
     their bias inside run once per adapter, and each example keeps its own rows.
     """
 
-    base_layer: nn.Module
-    bias_parameters: tuple[str, ...]
-    _disable_adapters: bool
-    _adds_to_output: bool
-    _only: tuple[str, ...] | None = None  # overrides the active adapters while a mixed batch runs
     _mixed: MixedBatch | None = None  # while a mixed batch runs
 
     @property
@@ -100,17 +95,3 @@ class MixedBatchLayer(nn.Module):
                 output = self.base_layer(*args, **kwargs)
                 results[name] = self._add_to_output(output) if self._adds_to_output else output
         return pick_rows(results, adapter_names, self.rows_per_example)
-
-    # --- what a layer with deltas brings along ---
-
-    def _deltas(self, parameter: str) -> Float32ParameterDict:
-        raise NotImplementedError
-
-    def _index(self, parameter: str, adapter_name: str) -> torch.Tensor | None:
-        raise NotImplementedError
-
-    def _stored_bias(self, parameter: str) -> torch.Tensor | None:
-        raise NotImplementedError
-
-    def _add_to_output(self, result: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
