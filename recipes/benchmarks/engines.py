@@ -16,14 +16,10 @@ sentences they agree.
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -36,7 +32,7 @@ if __name__ == "__main__":  # the recipes are found beside this folder, not in i
 import onnxruntime
 import torch
 from common.data import load_glue, subset
-from common.record import checkout, hardware, versions
+from common.record import checkout
 from peft import get_peft_model
 from quickstart import demo_model
 from rich.console import Console
@@ -46,7 +42,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
+from benchmarks.mixed import time_in_turn
+from benchmarks.records import circumstances, write_record
 from benchmarks.serving import memory, random_delta
+from benchmarks.timing import ratios
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, export_onnx
 from bitfit_hf.bank.onnx.quantize import quantize, quantized_copy
 from bitfit_hf.bank.onnx.tracing import trace
@@ -144,30 +143,22 @@ def _plain_sessions(name: str, folder: Path) -> dict[str, Any]:
 # --- measuring ---
 
 
-@torch.no_grad()
 def measure(systems: Systems, arguments: Arguments, count: int, shape: str) -> list[dict[str, Any]]:
     """Times one number of tasks and one shape of batch."""
     batch_size, length = map(int, shape.split("x"))
-    rng = random.Random(count)
-    runners = systems.runners
-    wall: dict[str, list[float]] = {name: [] for name in runners}
-    processor: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(arguments.warmup + arguments.rounds):
-        ids = torch.randint(1000, 20000, (batch_size, length))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        names = [f"task-{rng.randrange(count)}" for _ in range(batch_size)]
-        order = list(runners)
-        rng.shuffle(order)
-        for name in order:
-            start, start_processor = time.perf_counter(), time.process_time()
-            runners[name](batch, names)
-            if turn >= arguments.warmup:
-                wall[name].append(time.perf_counter() - start)
-                processor[name].append(time.process_time() - start_processor)
+    turns = time_in_turn(
+        systems.runners,
+        tasks=count,
+        batch_size=batch_size,
+        length=length,
+        rounds=arguments.rounds,
+        warmup=arguments.warmup,
+    )
+    wall, processor = turns.wall, turns.processor
     rows = []
-    for name in runners:
+    for name in systems.runners:
         engine = name.partition(" ")[2]
-        ratios = {
+        others = {
             "of_plain": f"plain {engine}",
             "faster_than_torch_bank": "bank torch",
             "faster_than_onnxruntime_bank": "bank onnxruntime",
@@ -180,18 +171,11 @@ def measure(systems: Systems, arguments: Arguments, count: int, shape: str) -> l
             "seconds_median": statistics.median(wall[name]),
             "processor_seconds_median": statistics.median(processor[name]),
         }
-        for key, other in ratios.items():
-            row[key] = _ratio(wall[other], wall[name])
-            row[f"{key}_processor"] = _ratio(processor[other], processor[name])
+        for key, other in others.items():
+            row[key] = ratios(wall[other], wall[name])
+            row[f"{key}_processor"] = ratios(processor[other], processor[name])
         rows.append(row)
     return rows
-
-
-def _ratio(first: list[float], second: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios, round by round."""
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"median": statistics.median(ratios), "low": low, "high": high}
 
 
 @torch.no_grad()
@@ -336,18 +320,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "memory": {engine: memory(bank) for engine, bank in systems.banks.items()},
             "largest_difference": largest_difference(systems),
             "sst2": sst2(arguments, folder) if arguments.sst2 else None,
-            "hardware": hardware(1, torch.device("cpu")),
-            "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-            "versions": versions() | {"onnxruntime": onnxruntime.__version__},
-            "commit": commit,
-            "dirty": dirty,
+            **circumstances(commit, dirty),
         }
+        record["versions"]["onnxruntime"] = onnxruntime.__version__
     show(record)
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        plot(record, path.with_suffix(".png"))
+    write_record(record, arguments.output, plot)
     return record
 
 

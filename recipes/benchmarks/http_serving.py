@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import statistics
 import sys
@@ -37,9 +36,8 @@ from typing import Any
 if __name__ == "__main__":  # the recipes are found beside this folder, not in it
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from common.load import Client, Outcome, closed_loop, open_loop
-from common.record import checkout, hardware, versions
+from common.record import checkout
 from common.server import Running, bitfit_serve, running
 from peft import get_peft_model
 from quickstart import demo_model
@@ -48,7 +46,9 @@ from rich.table import Table
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
+from benchmarks.records import circumstances, write_record
 from benchmarks.serving import random_delta
+from benchmarks.timing import quartiles
 from bitfit_hf import BiasDelta, BitFitConfig, TaskBank
 
 PEERS = str(Path(__file__).with_name("http_peers.py"))
@@ -219,8 +219,8 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
         saturated = {
             name: {
                 "throughput": statistics.median(one[name] for one in rounds),
-                "of_bank": _ratio([one[name] / one["bank"] for one in rounds]),
-                "bitfit_is_faster_by": _ratio([one["bitfit"] / one[name] for one in rounds]),
+                "of_bank": quartiles([one[name] / one["bank"] for one in rounds]),
+                "bitfit_is_faster_by": quartiles([one["bitfit"] / one[name] for one in rounds]),
                 "generator_seconds_per_request": generator.get(name, 0.0),
             }
             for name in rounds[0]
@@ -238,11 +238,6 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
             "open_loop": points,
             "memory": {system.name: system.memory for system in systems},
         }
-
-
-def _ratio(values: list[float]) -> dict[str, float]:
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median": statistics.median(values), "low": low, "high": high}
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -320,18 +315,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     record = {
         "arguments": asdict(args) | {"output": None, "model": None},
         "groups": groups,
-        "hardware": hardware(1, torch.device("cpu")),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "versions": versions(),
-        "commit": commit,
-        "dirty": dirty,
+        **circumstances(commit, dirty),
     }
     show(record, console)
-    if args.output:
-        path = Path(args.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        plot(record, path.with_suffix(".png"))
+    write_record(record, args.output, plot)
     return record
 
 

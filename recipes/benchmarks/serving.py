@@ -23,9 +23,7 @@ on a machine that others use. Weights are a real MiniLM's, deltas and ids random
 from __future__ import annotations
 
 import copy
-import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -39,7 +37,7 @@ if __name__ == "__main__":  # the recipes are found beside this folder, not in i
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from common.record import checkout, hardware, versions
+from common.record import checkout
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -56,6 +54,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from benchmarks.mixed import time_in_turn
+from benchmarks.records import circumstances, write_record
+from benchmarks.timing import ratios
 from bitfit_hf import BiasDelta, BitFitConfig, TaskBank
 
 
@@ -146,52 +147,35 @@ class Systems:
 # --- measuring ---
 
 
-@torch.no_grad()
 def throughput(systems: Systems, arguments: Arguments, count: int, shape: str) -> list[dict[str, Any]]:
     """Times one number of tasks and one shape of batch."""
     batch_size, length = map(int, shape.split("x"))
-    rng = random.Random(count)
-    runners = systems.runners
-    wall: dict[str, list[float]] = {name: [] for name in runners}
-    processor: dict[str, list[float]] = {name: [] for name in runners}
-    distinct = []
-    for turn in range(arguments.warmup + arguments.rounds):
-        ids = torch.randint(1000, 20000, (batch_size, length))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        names = [f"task-{rng.randrange(count)}" for _ in range(batch_size)]
-        order = list(runners)
-        rng.shuffle(order)
-        for name in order:
-            start, start_processor = time.perf_counter(), time.process_time()
-            runners[name](batch, names)
-            if turn >= arguments.warmup:
-                wall[name].append(time.perf_counter() - start)
-                processor[name].append(time.process_time() - start_processor)
-        distinct.append(len(set(names)))
+    turns = time_in_turn(
+        systems.runners,
+        tasks=count,
+        batch_size=batch_size,
+        length=length,
+        rounds=arguments.rounds,
+        warmup=arguments.warmup,
+    )
+    wall, processor = turns.wall, turns.processor
     return [
         {
             "system": name,
             "tasks": count,
             "batch_size": batch_size,
             "sequence_length": length,
-            "distinct_tasks_per_batch": statistics.mean(distinct),
+            "distinct_tasks_per_batch": statistics.mean(turns.distinct),
             "seconds_median": statistics.median(wall[name]),
             "seconds_p90": sorted(wall[name])[int(0.9 * (len(wall[name]) - 1))],
             "examples_per_second": batch_size / statistics.median(wall[name]),
-            "throughput_of_base": _ratio(wall["base"], wall[name]),
-            "throughput_of_base_processor": _ratio(processor["base"], processor[name]),
-            "bank_is_faster_by": _ratio(wall[name], wall["bank"]),
-            "bank_is_faster_by_processor": _ratio(processor[name], processor["bank"]),
+            "throughput_of_base": ratios(wall["base"], wall[name]),
+            "throughput_of_base_processor": ratios(processor["base"], processor[name]),
+            "bank_is_faster_by": ratios(wall[name], wall["bank"]),
+            "bank_is_faster_by_processor": ratios(processor[name], processor["bank"]),
         }
-        for name in runners
+        for name in systems.runners
     ]
-
-
-def _ratio(first: list[float], second: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios, round by round."""
-    ratios = [a / b for a, b in zip(first, second, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"median": statistics.median(ratios), "low": low, "high": high}
 
 
 def adding(systems: Systems, count: int) -> dict[str, Any]:
@@ -331,11 +315,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "throughput": rows,
         "adding": adding(systems, max(arguments.tasks)),
         "memory": sizes,
-        "hardware": hardware(1, torch.device("cpu")),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "versions": versions(),
-        "commit": commit,
-        "dirty": dirty,
+        **circumstances(commit, dirty),
     }
     if arguments.bert_tasks:
         del systems
@@ -344,11 +324,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16)
         ]
     show(record)
-    if arguments.output:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        plot(record, path.with_suffix(".png"))
+    write_record(record, arguments.output, plot)
     return record
 
 

@@ -74,13 +74,23 @@ def compare(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, f
             machine did in a round; and `spread`, half the distance between the quartiles of these: what is smaller
             is noise.
     """
-    ratios = [a / b for a, b in zip(seconds, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    found = ratios(seconds, reference)
     return {
         "seconds": statistics.median(seconds),
-        "ratio": statistics.median(ratios),
-        "spread": (high - low) / 2,
+        "ratio": found["median"],
+        "spread": (found["high"] - found["low"]) / 2,
     }
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """`median`, and the quartiles `low` and `high`."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def ratios(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios, round by round."""
+    return quartiles([a / b for a, b in zip(first, second, strict=True)])
 
 
 def median_seconds(action: Callable[[], Any], times: int, *, undo: Callable[[], Any] | None = None) -> float:
