@@ -103,14 +103,7 @@ def read_base(name: str, problem: Problem, *, revision: str | None = None, token
     else:
         config.num_labels = 1
     config.problem_type = PROBLEM_TYPES.get(problem.kind)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision or "main", token=token, local_files_only=is_local(name), trust_remote_code=False
-        )
-    except Exception as error:  # whatever is wrong with a user's files
-        raise CheckpointError(f"The tokenizer of {name} cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:  # decoders have none: texts of one length are all that they have been trained on
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name, revision=revision, token=token)
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     base = Base(name, config, tokenizer, problem.kind, revision, token)
@@ -121,6 +114,27 @@ def read_base(name: str, problem: Problem, *, revision: str | None = None, token
             "as bert-base-uncased."
         )
     return base
+
+
+def load_tokenizer(path_or_repo: str, *, revision: str | None, token: str | None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer, which gets a padding token where it has none.
+
+    Raises:
+        [`CheckpointError`]: It cannot be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            path_or_repo,
+            revision=revision or "main",
+            token=token,
+            local_files_only=is_local(path_or_repo),
+            trust_remote_code=False,
+        )
+    except Exception as error:  # whatever is wrong with a user's files
+        raise CheckpointError(f"The tokenizer of {path_or_repo} cannot be loaded: {error}") from error
+    if tokenizer.pad_token is None:  # decoders have none: texts of one length are all that they have been trained on
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def output_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:

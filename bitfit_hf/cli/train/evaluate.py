@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from ...delta.value import BiasDelta
 from ...errors import CheckpointError, OutputError
@@ -28,10 +28,10 @@ from ..checkpoints import is_local, preprocessing_folder
 from ..deltas import base_revision, load_base, read_delta
 from ..tables import columns as column_table
 from ..text import wrapped
+from .base import load_tokenizer
 from .progress import Narrator
 from .report import EVALUATION_FILE, system_rows
-from .run import accelerator, collator, is_first, processes, shrink
-from .settings import EVAL_BATCH_SIZE
+from .run import accelerator, collator, is_first, processes, shrink, trainer_arguments
 
 
 @dataclass(frozen=True)
@@ -224,36 +224,14 @@ def _tokenizer(name: str, folder: Path, base: str, revision: str | None, token: 
     """The delta's own tokenizer where it has one, for added tokens; else the base's."""
     own = preprocessing_folder(name, revision=folder.name, token=token) if not is_local(name) else folder
     source = str(own) if (own / "tokenizer_config.json").is_file() else base
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source,
-            revision=(revision if source == base else None) or "main",
-            token=token,
-            local_files_only=is_local(source),
-            trust_remote_code=False,
-        )
-    except Exception as error:  # whatever is wrong with a user's files
-        raise CheckpointError(f"The tokenizer of {source} cannot be loaded: {error}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return load_tokenizer(source, revision=revision if source == base else None, token=token)
 
 
 def _predict(model: Any, encoded: Any, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Answers:
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(
-            scratch,
-            per_device_eval_batch_size=EVAL_BATCH_SIZE,
-            use_cpu=not accelerator(),
-            dataloader_pin_memory=accelerator(),
-            disable_tqdm=True,
-            report_to="none",
-        )
-        if processes() == 1:
-            args._n_gpu = min(args.n_gpu, 1)
         trainer = Trainer(
             model,
-            args,
+            trainer_arguments(scratch),
             data_collator=collator(problem, tokenizer),
             preprocess_logits_for_metrics=shrink(problem),
         )

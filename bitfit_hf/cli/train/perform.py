@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from ...card.model_card import write_card
 from ...config import BitFitConfig
 from ...errors import MissingDependencyError, OutputError
 from ...hub.contents import draw_change
-from ...tables.encoding import encode, longest_input
+from ...tables.encoding import longest_input
 from ..checkpoints import check_output, new_folder
 from ..tables import columns
 from ..text import wrapped
@@ -25,7 +23,7 @@ from .data import Wanted, read_task
 from .plan import Plan
 from .progress import Narrator
 from .report import evaluation, next_steps, remarks, system_rows, write_evaluation
-from .run import Outcome, Run, is_first, processes
+from .run import Run, is_first, processes
 from .settings import Settings
 
 
@@ -82,21 +80,14 @@ def perform(
     task = read_task(wanted, eval_share=settings.eval_share, seed=settings.seed)
     base = read_base(base_name, task.problem, revision=revision, token=token)
     length = longest_input(base.tokenizer, base.config, settings.max_length)
-    cut = encode(task.train, task.problem, base.tokenizer, length).cut
-    plan = Plan(task, base, settings, length, cut, str(output.folder))
+    run = Run(task, base, settings, config, output.card or {}, _scratch(folder), narrator, length)
+    plan = Plan(task, base, settings, length, run.train.cut, str(output.folder))
     narrator.plan(plan.lines(), plan.warnings())
     if output.dry_run:
         return {"dry_run": True, **plan.values()} if is_first() else None
 
-    run = Run(task, base, settings, config, output.card or {}, _scratch(folder), narrator, length)
-    pending: dict[str, Any] = {}
-
-    def save(trainer: Trainer, outcome: Outcome) -> None:
-        pending["tuned"] = outcome
-        trainer.save_model(str(run.scratch / "delta"))
-
     try:
-        tuned = run.bitfit(save)
+        tuned = run.bitfit()
         values = evaluation(run, tuned, None)
         if is_first():
             _publish(run, folder, output, values)  # whatever becomes of the comparison, the delta is there
@@ -115,9 +106,8 @@ def _publish(run: Run, folder: Path, output: Output, values: dict[str, Any]) -> 
     """Puts the delta in its place, in one step, with picture, card and figures."""
     from ...delta.value import BiasDelta
 
-    saved = run.scratch / "delta"
     with new_folder(folder, force=output.force) as fresh:
-        for path in sorted(saved.iterdir()):
+        for path in sorted(run.saved.iterdir()):
             if path.name != "training_args.bin":  # a pickle, of no use without the rows
                 os.replace(path, fresh / path.name)
         delta = BiasDelta.from_folder(fresh)

@@ -110,6 +110,11 @@ class Run:
         return self.task.problem
 
     @property
+    def saved(self) -> Path:
+        """Where the trained delta is, until it is published."""
+        return self.scratch / "delta"
+
+    @property
     def metric(self) -> str:
         """What the best evaluation is chosen by."""
         return main_metric(self.problem)
@@ -122,12 +127,8 @@ class Run:
 
     # --- the two trainings ---
 
-    def bitfit(self, save: Callable[[Trainer, Outcome], None]) -> Outcome:
-        """Trains the biases and the head, and takes the model back to its best evaluation.
-
-        Args:
-            save (`Callable`): Called with the Trainer and the outcome, in all processes.
-        """
+    def bitfit(self) -> Outcome:
+        """Trains the biases and the head, takes the model back to its best evaluation, and saves it."""
         model = self.base.model(self.settings.seed)
         if self.problem.kind is Kind.REGRESSION:
             self.output, layer = output_layer(model)
@@ -148,7 +149,7 @@ class Run:
         outcome.biases = sum(delta.numel() for delta in delta_parameters(model, ADAPTER).values())
         outcome.base = adapter_configs(model)[ADAPTER].base_num_parameters or 0
         outcome.head = sum(tensor.numel() for tensor in head_tensors(model, ADAPTER).values())
-        save(trainer, outcome)
+        trainer.save_model(str(self.saved))
         return outcome
 
     def frozen(self) -> Outcome:
@@ -201,12 +202,11 @@ class Run:
         rows, settings = len(self.task.train), self.settings
         epoch = math.ceil(rows / settings.batch_size)
         precision = settings.precision or default_precision()
-        args = TrainingArguments(
-            output_dir=str(self.scratch / name),
+        return trainer_arguments(
+            str(self.scratch / name),
             learning_rate=settings.learning_rate,
             num_train_epochs=settings.planned_epochs(rows),
             per_device_train_batch_size=settings.batch_size // processes(),
-            per_device_eval_batch_size=EVAL_BATCH_SIZE,
             lr_scheduler_type="linear",
             warmup_steps=WARMUP,
             eval_strategy="steps" if epoch > EVALUATE_EVERY else "epoch",
@@ -221,16 +221,9 @@ class Run:
             seed=settings.seed,
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            use_cpu=not accelerator(),
-            dataloader_pin_memory=accelerator(),
-            disable_tqdm=True,
-            report_to="none",
             # The stock classifiers take no mean over the tokens of all processes.
             average_tokens_across_devices=False,
         )
-        if processes() == 1:
-            args._n_gpu = min(args.n_gpu, 1)  # one process uses one device; `accelerate launch` starts one for each
-        return args
 
     def _train(self, trainer: Trainer, keep: _Keep) -> Outcome:
         begin = time.perf_counter()
@@ -289,6 +282,27 @@ class _Keep:
             )
         self.answers = Answers(right, given, self.lost_words)
         return scores(self.problem, self.answers)
+
+
+def trainer_arguments(folder: str, **values: Any) -> TrainingArguments:
+    """The arguments of a Trainer that says nothing of its own and uses one device.
+
+    Args:
+        folder (`str`): Its output folder.
+        values: Other arguments.
+    """
+    args = TrainingArguments(
+        folder,
+        per_device_eval_batch_size=EVAL_BATCH_SIZE,
+        use_cpu=not accelerator(),
+        dataloader_pin_memory=accelerator(),
+        disable_tqdm=True,
+        report_to="none",
+        **values,
+    )
+    if processes() == 1:
+        args._n_gpu = min(args.n_gpu, 1)  # one process uses one device; `accelerate launch` starts one for each
+    return args
 
 
 def collator(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Any:
