@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from ..analysis import pieces
+from ..delta.parts import grouped
 from ..storage.bias_layout import decode_layout
 from ..storage.keys import key_of_bias
-from ..terms import TERMS, Bias
+from ..terms import TERMS
 from ..tuner.state import delta_parameters
 from .checks import adapter_configs
 
@@ -27,9 +28,8 @@ class TermChanges:
     """
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
-        layout: dict[str, list[Bias]] = {}
-        for bias in decode_layout(adapter_configs(model)[adapter_name].bias_layout or {}):
-            layout.setdefault(key_of_bias(bias.name), []).append(bias)
+        biases = grouped(decode_layout(adapter_configs(model)[adapter_name].bias_layout or {}))
+        layout = {key_of_bias(name): group for name, group in biases.items()}
         self._deltas = [
             (delta, layout[key]) for key, delta in delta_parameters(model, adapter_name).items() if key in layout
         ]

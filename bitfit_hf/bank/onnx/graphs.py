@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...card.update import hub_name
+from ...delta.parts import grouped
 from ...errors import NoBiasesError, OnnxExportError
 from ...storage.base_commit import base_commit
 from ...storage.fingerprint import fingerprint
@@ -24,7 +25,6 @@ from .quantize import quantize
 from .tracing import trace
 
 _BATCH, _LENGTH, _TASKS = 3, 7, 4  # of the example to trace with; all different, and none of them 1
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def export_onnx(
@@ -105,7 +105,7 @@ def export_onnx(
     prints = fingerprint(stock, [bias for group in biases.values() for bias in group])
     if prints is None:
         raise OnnxExportError("The weights of this base are not at hand (meta device, or sharded over processes).")
-    name = _hub_name(model)
+    name = hub_name(getattr(model.config, "_name_or_path", None))  # never the path of a folder
     GraphInfo(
         model_class=type(stock).__name__,
         weights="int8" if int8 or int8_mlp else "float32",
@@ -121,9 +121,7 @@ def export_onnx(
 
 def _biases(backbone: nn.Module, add_missing: bool) -> dict[str, list[Bias]]:
     """What the graph takes from outside, by name; the terms of a fused bias together."""
-    groups: dict[str, list[Bias]] = {}
-    for bias in find_biases(backbone, add_missing_biases=add_missing):
-        groups.setdefault(bias.name, []).append(bias)
+    groups = grouped(find_biases(backbone, add_missing_biases=add_missing))
     # Where a bias could be given to a norm, none is: only projections get one unless a user names the norm.
     chosen = {name: group for name, group in groups.items() if group[0].exists or _is_projection(backbone, group[0])}
     if not chosen:
@@ -161,9 +159,3 @@ def _example(backbone: Any) -> dict[str, torch.Tensor]:
     if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
-
-
-def _hub_name(model: Any) -> str | None:
-    """The base's name on the Hub; never the path of a folder."""
-    name = getattr(model.config, "_name_or_path", None) or ""
-    return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else None
