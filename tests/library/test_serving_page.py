@@ -28,7 +28,7 @@ def browser() -> Iterator[Any]:
         own = playwright.chromium.executable_path
         path = next(filter(None, map(shutil.which, NAMES)), own if os.path.exists(own) else None)
         if path is None:
-            pytest.skip(f"no browser: none of {', '.join(NAMES)} is on the path")
+            pytest.skip(f"no {' or '.join(NAMES)} here, which no package brings: `playwright install chromium`")
         # No sandbox: in a container, where tests often run as root, Chromium does not start with it.
         started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield started
