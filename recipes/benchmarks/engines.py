@@ -146,15 +146,8 @@ def _plain_sessions(name: str, folder: Path) -> dict[str, Any]:
 def measure(systems: Systems, arguments: Arguments, count: int, shape: str) -> list[dict[str, Any]]:
     """Times one number of tasks and one shape of batch."""
     batch_size, length = map(int, shape.split("x"))
-    turns = time_in_turn(
-        systems.runners,
-        tasks=count,
-        batch_size=batch_size,
-        length=length,
-        rounds=arguments.rounds,
-        warmup=arguments.warmup,
-    )
-    wall, processor = turns.wall, turns.processor
+    repeats = {"rounds": arguments.rounds, "warmup": arguments.warmup}
+    turns = time_in_turn(systems.runners, count, batch_size, length, **repeats)
     rows = []
     for name in systems.runners:
         engine = name.partition(" ")[2]
@@ -168,12 +161,12 @@ def measure(systems: Systems, arguments: Arguments, count: int, shape: str) -> l
             "tasks": count,
             "batch_size": batch_size,
             "sequence_length": length,
-            "seconds_median": statistics.median(wall[name]),
-            "processor_seconds_median": statistics.median(processor[name]),
+            "seconds_median": statistics.median(turns.wall[name]),
+            "processor_seconds_median": statistics.median(turns.processor[name]),
         }
         for key, other in others.items():
-            row[key] = ratios(wall[other], wall[name])
-            row[f"{key}_processor"] = ratios(processor[other], processor[name])
+            row[key] = ratios(turns.wall[other], turns.wall[name])
+            row[f"{key}_processor"] = ratios(turns.processor[other], turns.processor[name])
         rows.append(row)
     return rows
 

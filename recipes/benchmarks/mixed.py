@@ -31,7 +31,7 @@ class Turns:
 
 @torch.no_grad()
 def time_in_turn(
-    runners: Mapping[str, Runner], *, tasks: int, batch_size: int, length: int, rounds: int, warmup: int
+    runners: Mapping[str, Runner], tasks: int, batch_size: int, length: int, *, rounds: int, warmup: int
 ) -> Turns:
     """Gives every system the same random batches, in an order that is another for each round.
 

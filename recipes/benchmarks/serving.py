@@ -150,15 +150,8 @@ class Systems:
 def throughput(systems: Systems, arguments: Arguments, count: int, shape: str) -> list[dict[str, Any]]:
     """Times one number of tasks and one shape of batch."""
     batch_size, length = map(int, shape.split("x"))
-    turns = time_in_turn(
-        systems.runners,
-        tasks=count,
-        batch_size=batch_size,
-        length=length,
-        rounds=arguments.rounds,
-        warmup=arguments.warmup,
-    )
-    wall, processor = turns.wall, turns.processor
+    repeats = {"rounds": arguments.rounds, "warmup": arguments.warmup}
+    turns = time_in_turn(systems.runners, count, batch_size, length, **repeats)
     return [
         {
             "system": name,
@@ -166,13 +159,13 @@ def throughput(systems: Systems, arguments: Arguments, count: int, shape: str) -
             "batch_size": batch_size,
             "sequence_length": length,
             "distinct_tasks_per_batch": statistics.mean(turns.distinct),
-            "seconds_median": statistics.median(wall[name]),
-            "seconds_p90": sorted(wall[name])[int(0.9 * (len(wall[name]) - 1))],
-            "examples_per_second": batch_size / statistics.median(wall[name]),
-            "throughput_of_base": ratios(wall["base"], wall[name]),
-            "throughput_of_base_processor": ratios(processor["base"], processor[name]),
-            "bank_is_faster_by": ratios(wall[name], wall["bank"]),
-            "bank_is_faster_by_processor": ratios(processor[name], processor["bank"]),
+            "seconds_median": statistics.median(turns.wall[name]),
+            "seconds_p90": sorted(turns.wall[name])[int(0.9 * (len(turns.wall[name]) - 1))],
+            "examples_per_second": batch_size / statistics.median(turns.wall[name]),
+            "throughput_of_base": ratios(turns.wall["base"], turns.wall[name]),
+            "throughput_of_base_processor": ratios(turns.processor["base"], turns.processor[name]),
+            "bank_is_faster_by": ratios(turns.wall[name], turns.wall["bank"]),
+            "bank_is_faster_by_processor": ratios(turns.processor[name], turns.processor["bank"]),
         }
         for name in systems.runners
     ]

@@ -167,8 +167,7 @@ def test_what_is_saved_loads(name: str, tmp_path: Path) -> None:
 
 # --- resume ---
 
-
-@pytest.mark.parametrize(
+EACH_WAY_AND_RATE = pytest.mark.parametrize(
     ("way", "head_rate"),
     [
         (IN_PLACE, None),
@@ -177,6 +176,9 @@ def test_what_is_saved_loads(name: str, tmp_path: Path) -> None:
         pytest.param(WRAPPED, None, marks=pytest.mark.slow),
     ],
 )
+
+
+@EACH_WAY_AND_RATE
 def test_resume_equals_an_uninterrupted_run(
     way: str, head_rate: float | None, tmp_path: Path, trainer_log: pytest.LogCaptureFixture
 ) -> None:
@@ -324,15 +326,7 @@ def scores(*values: float) -> Any:
     return lambda prediction: {"score": next(left)}
 
 
-@pytest.mark.parametrize(
-    ("way", "head_rate"),
-    [
-        (IN_PLACE, None),
-        (WRAPPED, 3e-3),
-        pytest.param(IN_PLACE, 3e-3, marks=pytest.mark.slow),
-        pytest.param(WRAPPED, None, marks=pytest.mark.slow),
-    ],
-)
+@EACH_WAY_AND_RATE
 def test_the_best_model_is_loaded_at_the_end(
     way: str, head_rate: float | None, tmp_path: Path, trainer_log: pytest.LogCaptureFixture
 ) -> None:
