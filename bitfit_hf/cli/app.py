@@ -238,9 +238,9 @@ def export(
     onnx_adapter: Annotated[
         bool, typer.Option("--onnx-adapter", help="A task as an ONNX Runtime adapter, with its graph.")
     ] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="With --onnx: attention's weights in 8 bits.")] = False,
-    int8_mlp: Annotated[
-        bool, typer.Option("--int8-mlp", help="With --onnx: the MLP's too; faster, and less exact.")
+    int8: Annotated[bool, typer.Option("--int8", help="With --onnx: most weights in 8 bits.")] = False,
+    int8_all: Annotated[
+        bool, typer.Option("--int8-all", help="With --onnx: all of them; faster, and less exact.")
     ] = False,
     add_missing_biases: Annotated[
         bool, typer.Option("--add-missing-biases", help="With --onnx: inputs for biases that the base does not have.")
@@ -274,8 +274,8 @@ def export(
 
     if stock + onnx + onnx_adapter > 1:
         raise typer.BadParameter("--stock, --onnx and --onnx-adapter are three formats; choose one.")
-    if (int8 or int8_mlp or add_missing_biases) and not onnx:
-        raise typer.BadParameter("--int8, --int8-mlp and --add-missing-biases go with --onnx.")
+    if (int8 or int8_all or add_missing_biases) and not onnx:
+        raise typer.BadParameter("--int8, --int8-all and --add-missing-biases go with --onnx.")
     with new_folder(output, force=force) as folder:
         if onnx:
             values = {
@@ -283,7 +283,7 @@ def export(
                     name,
                     folder,
                     int8=int8,
-                    int8_mlp=int8_mlp,
+                    int8_all=int8_all,
                     add_missing_biases=add_missing_biases,
                     revision=base_revision,
                     token=token,

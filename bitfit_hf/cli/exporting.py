@@ -41,7 +41,7 @@ def write_graph(
     folder: Path,
     *,
     int8: bool,
-    int8_mlp: bool,
+    int8_all: bool,
     add_missing_biases: bool,
     revision: str | None,
     token: str | None,
@@ -51,7 +51,7 @@ def write_graph(
     model: Any = load_model(name, model_class(config, name), revision=revision, token=token)
     if model.dtype is not torch.float32:
         model = model.float()
-    export_onnx(model, folder, int8=int8, int8_mlp=int8_mlp, add_missing_biases=add_missing_biases)
+    export_onnx(model, folder, int8=int8, int8_all=int8_all, add_missing_biases=add_missing_biases)
     copy_preprocessing([preprocessing_folder(name, revision=revision, token=token)], folder)
     return type(model.base_model).__name__
 

@@ -47,10 +47,12 @@ from benchmarks.records import circumstances, write_record
 from benchmarks.serving import memory, random_delta
 from benchmarks.timing import ratios
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, export_onnx
-from bitfit_hf.bank.onnx.quantize import quantize, quantized_copy
+from bitfit_hf.bank.onnx.folder import GRAPH_FILE
+from bitfit_hf.bank.onnx.quantize import example_of, quantize, quantized_copy
+from bitfit_hf.bank.onnx.session import open_session
 from bitfit_hf.bank.onnx.tracing import trace
 
-ENGINES = ("torch", "onnxruntime", "int8", "int8-mlp")
+ENGINES = ("torch", "onnxruntime", "int8", "int8-all")
 Answering = Callable[[dict[str, torch.Tensor], Sequence[str]], Any]
 
 
@@ -92,7 +94,7 @@ class Systems:
         backbone = AutoModel.from_pretrained(name)
         export_onnx(backbone, folder / "onnxruntime")
         for engine in ENGINES[2:]:
-            quantized_copy(folder / "onnxruntime", folder / engine, mlp=engine == "int8-mlp")
+            quantized_copy(folder / "onnxruntime", folder / engine, backbone, every=engine == "int8-all")
         self.banks = {"torch": TaskBank(backbone)}
         for engine in ENGINES[1:]:
             self.banks[engine] = TaskBank(backbone, engine="onnxruntime", graph=folder / engine)
@@ -129,15 +131,9 @@ def _plain_sessions(name: str, folder: Path) -> dict[str, Any]:
     places = {"onnxruntime": folder}
     for engine in ENGINES[2:]:
         places[engine] = shutil.copytree(folder, folder.parent / f"plain-{engine}")
-        quantize(places[engine], mlp=engine == "int8-mlp")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as the bank's, so that neither disturbs
-    return {
-        engine: onnxruntime.InferenceSession(place / "model.onnx", options, providers=["CPUExecutionProvider"])
-        for engine, place in places.items()
-    }
+        example = example_of(model.base_model, inputs, [])
+        quantize(places[engine], example, every=engine == "int8-all")
+    return {engine: open_session(onnxruntime, place / GRAPH_FILE) for engine, place in places.items()}
 
 
 # --- measuring ---

@@ -21,7 +21,7 @@ from ..base import check_model, shared_copy
 from .architectures import check_type, prepare
 from .folder import GraphInfo, sha256
 from .layers import GivenBiases, output_names
-from .quantize import quantize
+from .quantize import example_of, quantize
 from .tracing import trace
 
 _BATCH, _LENGTH, _TASKS = 3, 7, 4  # of the example to trace with; all different, and none of them 1
@@ -32,7 +32,7 @@ def export_onnx(
     folder: str | os.PathLike[str],
     *,
     int8: bool = False,
-    int8_mlp: bool = False,
+    int8_all: bool = False,
     add_missing_biases: bool = False,
 ) -> None:
     r"""
@@ -56,10 +56,11 @@ def export_onnx(
             It is not changed.
         folder (`str` or `os.PathLike`): Where to; made if it does not exist.
         int8 (`bool`, *optional*, defaults to `False`):
-            Quantizes the weights of attention's projections to 8 bits, one scale for each output, and their inputs as
-            they come ("dynamic quantization"). Biases and tasks stay float32.
-        int8_mlp (`bool`, *optional*, defaults to `False`):
-            The MLP's weights too: faster again, with answers further from float32's.
+            Quantizes the weights of attention's projections and of the MLP's first product to 8 bits, one scale for
+            each output, and their inputs as they come ("dynamic quantization"), after SmoothQuant has moved part of
+            the inputs' largest channels into the weights. Biases and tasks stay float32.
+        int8_all (`bool`, *optional*, defaults to `False`):
+            The weights of the MLP's second product too: faster again, with answers further from float32's.
         add_missing_biases (`bool`, *optional*, defaults to `False`):
             Also gives the projections that have no bias an input for one, for tasks that were trained with
             `BitFitConfig(add_missing_biases=True)`.
@@ -100,15 +101,15 @@ def export_onnx(
         outputs,
         target,
     )
-    if int8 or int8_mlp:
-        files = quantize(target, mlp=int8_mlp)
+    if int8 or int8_all:
+        files = quantize(target, example_of(stock, list(example), _widths(biases)), every=int8_all)
     prints = fingerprint(stock, [bias for group in biases.values() for bias in group])
     if prints is None:
         raise OnnxExportError("The weights of this base are not at hand (meta device, or sharded over processes).")
     name = hub_name(getattr(model.config, "_name_or_path", None))  # never the path of a folder
     GraphInfo(
         model_class=type(stock).__name__,
-        weights="int8" if int8 or int8_mlp else "float32",
+        weights="int8" if int8 or int8_all else "float32",
         inputs=list(example),
         outputs=outputs,
         biases=_widths(biases),

@@ -5,46 +5,83 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
+import torch
+from torch import nn
+
 from ...errors import OnnxExportError
 from .folder import DATA_FILE, GRAPH_FILE, GraphInfo, sha256
 from .packages import package
+from .smoothing import smooth
+
+_EXAMPLES, _TOKENS = 16, 64  # of the batch that shows how large each input of a product becomes
 
 
-def quantized_copy(source: str | os.PathLike[str], target: str | os.PathLike[str], *, mlp: bool = False) -> None:
+def quantized_copy(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], base: nn.Module, *, every: bool = False
+) -> None:
     """Writes the folder of a float32 graph anew with int8 weights; tracing takes far longer than that.
 
     Args:
         source (`str` or `os.PathLike`): A folder that [`export_onnx`] wrote.
         target (`str` or `os.PathLike`): Where to; made if it does not exist.
-        mlp (`bool`, *optional*, defaults to `False`): See [`quantize`].
+        base (`PreTrainedModel`): The base that the graph was exported from.
+        every (`bool`, *optional*, defaults to `False`): See [`quantize`].
 
     Raises:
         [`OnnxGraphError`]: There is no sound graph in `source`.
+        [`BaseModelMismatchError`]: It is of another base.
         [`OnnxExportError`]: It cannot be done.
     """
     info = GraphInfo.read(source)
+    backbone: Any = base.base_model
+    info.check_base(backbone, os.fspath(source))
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
     for name in info.sha256:
         shutil.copyfile(Path(source) / name, target / name)
-    files = quantize(target, mlp=mlp)
+    files = quantize(target, example_of(backbone, info.inputs, info.biases), every=every)
     replace(info, weights="int8", sha256={path.name: sha256(path) for path in files}).write(target)
 
 
-def quantize(folder: Path, *, mlp: bool = False) -> list[Path]:
-    """Quantizes the weights of a graph's products to 8 bits, in place; what the products get is quantized as it comes.
+def example_of(backbone: Any, inputs: Sequence[str], biases: Sequence[tuple[str, int]]) -> dict[str, numpy.ndarray]:
+    """A batch of random tokens for a graph, with the base's own biases.
 
-    Those are attention's projections, which are as wide as they are high. The MLP's products are the larger part of
-    the time, and of the error: what they get has a few values far beyond all others, and one scale for all of it. The
-    products of two activations stay float32, as do biases.
+    Args:
+        backbone (`PreTrainedModel`): The base's.
+        inputs (`Sequence[str]`): The arguments of its forward that the graph takes.
+        biases (`Sequence[tuple[str, int]]`): Names and widths of those that it takes from outside.
+    """
+    config = backbone.config
+    length = max(1, min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS) // 2))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(min(8, config.vocab_size - 1), config.vocab_size, (_EXAMPLES, length), generator=generator)
+    values = {name: torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids) for name in inputs}
+    values |= {"input_ids": ids, "rows": torch.zeros((_EXAMPLES, len(biases)), dtype=torch.long)}
+    state = backbone.state_dict()
+    for name, width in biases:  # one that the base lacks is zero
+        values[name] = state[name].float().reshape(1, width) if name in state else torch.zeros(1, width)
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def quantize(folder: Path, example: Mapping[str, numpy.ndarray], *, every: bool = False) -> list[Path]:
+    """Quantizes weights of a graph's products to 8 bits, in place; what the products get is quantized as it comes.
+
+    Those are the products that do not narrow: attention's projections and the MLP's first one, whose input has been
+    normalized. What the MLP's second product gets are the values behind the activation function, a few of them far
+    beyond all others in some positions only, and a scale for all loses the rest. The products of two activations stay
+    float32, as do biases.
 
     Args:
         folder (`Path`): With `model.onnx`.
-        mlp (`bool`, *optional*, defaults to `False`): The MLP's products too, and all others with a frozen weight.
+        example (`Mapping[str, numpy.ndarray]`): Inputs of the graph that are like those that it will get.
+        every (`bool`, *optional*, defaults to `False`): The MLP's second product too, and all others with a frozen
+            weight.
 
     Returns:
         `list[Path]`: The files.
@@ -60,15 +97,22 @@ def quantize(folder: Path, *, mlp: bool = False) -> list[Path]:
         try:
             model = onnx.load(source)
             package("onnxruntime.quantization.quant_utils").add_pre_process_metadata(model)  # else it warns
+            kept, narrowing = _products(model)
+            if not kept and not (every and narrowing):  # to the quantizer an empty list means all
+                raise OnnxExportError("No weight of this graph can be quantized to 8 bits.")
+            names = [node.name for node in (*kept, *(narrowing if every else ()))]
+            smooth(model, kept, example)
             quantization.quantize_dynamic(
                 model,
                 target,
                 op_types_to_quantize=["MatMul"],
-                nodes_to_quantize=_products(model, mlp),
+                nodes_to_quantize=names,
                 per_channel=True,  # one scale for each output: the same speed, and a smaller error
                 weight_type=quantization.QuantType.QInt8,
                 use_external_data_format=large,
             )
+        except OnnxExportError:
+            raise
         except Exception as error:  # whatever the quantizer raises
             raise OnnxExportError(f"ONNX Runtime cannot quantize this graph: {error}") from error
         for path in (DATA_FILE, GRAPH_FILE):
@@ -77,11 +121,14 @@ def quantize(folder: Path, *, mlp: bool = False) -> list[Path]:
     return [path for path in (source, folder / DATA_FILE) if path.exists()]
 
 
-def _products(model: Any, mlp: bool) -> list[str]:
-    """Names of the products with a frozen weight: the square ones, or all."""
+def _products(model: Any) -> tuple[list[Any], list[Any]]:
+    """The products with a frozen weight: those that are as wide as what they get or wider, and the narrowing ones."""
     shapes = {one.name: tuple(one.dims) for one in model.graph.initializer}
-    weights = {node.name: shapes.get(node.input[1]) for node in model.graph.node if node.op_type == "MatMul"}
-    chosen = [name for name, shape in weights.items() if shape and len(shape) == 2 and (mlp or shape[0] == shape[1])]
-    if not chosen:  # to the quantizer an empty list means all
-        raise OnnxExportError("No weight of this graph can be quantized to 8 bits.")
-    return chosen
+    frozen = [
+        (node, shapes[node.input[1]])
+        for node in model.graph.node
+        if node.op_type == "MatMul" and len(shapes.get(node.input[1], ())) == 2
+    ]
+    return [node for node, (rows, columns) in frozen if rows <= columns], [
+        node for node, (rows, columns) in frozen if rows > columns
+    ]
