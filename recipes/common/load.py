@@ -49,8 +49,11 @@ class Client:
             writer.write(f"{method} {path} HTTP/1.1\r\n{self._head}{len(data)}\r\n\r\n".encode() + data)
             head = await reader.readuntil(b"\r\n\r\n")
             lines = head.decode("latin-1").lower().split("\r\n")
-            length = next((int(line[15:]) for line in lines if line.startswith("content-length:")), 0)
-            answer = await reader.readexactly(length)
+            if "transfer-encoding: chunked" in lines:
+                answer = await _chunks(reader)
+            else:
+                length = next((int(line[15:]) for line in lines if line.startswith("content-length:")), 0)
+                answer = await reader.readexactly(length)
         except asyncio.IncompleteReadError as error:
             writer.close()
             raise ConnectionError("The server has closed the connection before its answer.") from error
@@ -65,6 +68,17 @@ class Client:
         for _, writer in self._idle:
             writer.close()
         self._idle.clear()
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    """A body in chunks, each behind its size, to the one of size zero."""
+    parts = []
+    while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+        parts.append(await reader.readexactly(size))
+        await reader.readexactly(2)
+    while await reader.readuntil(b"\r\n") != b"\r\n":
+        pass
+    return b"".join(parts)
 
 
 @dataclass

@@ -212,3 +212,29 @@ def test_the_commands_in_the_headers_parse(module):
     assert len(commands) == {"serve_many_tasks": 4}.get(module.__name__, 3)
     for command in commands:
         HfArgumentParser(module.Arguments).parse_args_into_dataclasses(shlex.split(command))
+
+
+def test_the_client_reads_both_kinds_of_bodies():
+    """Ray's proxy sends chunks; what is left of one answer would be taken for the next."""
+    answers = [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[1,\r\n2;name=x\r\n2]\r\n0\r\nTrailer: y\r\n\r\n",
+        b"HTTP/1.1 429 Busy\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 204 Nothing\r\n\r\n",
+    ]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for answer in answers:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+        writer.close()
+
+    async def main() -> list[tuple[int, bytes]]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        found = [await client.request("GET", "/") for _ in answers]
+        await client.close()
+        server.close()
+        return found
+
+    assert asyncio.run(main()) == [(200, b"[1,2]"), (429, b"{}"), (200, b""), (204, b"")]
