@@ -131,7 +131,7 @@ def _plain_sessions(name: str, folder: Path) -> dict[str, Any]:
     places = {"onnxruntime": folder}
     for engine in ENGINES[2:]:
         places[engine] = shutil.copytree(folder, folder.parent / f"plain-{engine}")
-        example = example_of(model.base_model, inputs, [])
+        example = example_of(model.base_model, [])
         quantize(places[engine], example, every=engine == "int8-all")
     return {engine: open_session(onnxruntime, place / GRAPH_FILE) for engine, place in places.items()}
 

@@ -8,7 +8,6 @@ Graphs of tasks with equal heads on one base are equal, byte for byte.
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,16 +23,16 @@ from ...errors import OnnxExportError
 from ...storage.fingerprint import OnMismatch
 from ...terms import find_biases
 from ..base import check_model
-from ..trial import example_inputs
 from .architectures import check_type
 from .folder import GRAPH_FILE
+from .inputs import token_inputs
 from .layers import output_names
 from .packages import package
 from .tracing import trace
 
 SUFFIX = ".onnx_adapter"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_BATCH = 3  # of the example to trace with
+_BATCH, _LENGTH = 3, 7  # of the example to trace with
 _VERSION = 1  # of adapter and graph, which ONNX Runtime keeps and compares with nothing
 
 
@@ -124,10 +123,7 @@ class _Overridable(nn.Module):
 
 
 def _write_graph(model: Any, defaults: Mapping[str, torch.Tensor], folder: Path) -> None:
-    accepted = inspect.signature(type(model).forward).parameters
-    example = {name: value for name, value in example_inputs(model, _BATCH).items() if value.dim() == 2}
-    if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) < 2:
-        example.pop("token_type_ids", None)
+    example = token_inputs(model, _BATCH, _LENGTH)
     with torch.no_grad():
         outputs = output_names(model(**example))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from ...terms import Bias, find_biases
 from ..base import check_model, shared_copy
 from .architectures import check_type, prepare
 from .folder import GraphInfo, sha256
+from .inputs import token_inputs
 from .layers import GivenBiases, output_names
 from .quantize import example_of, quantize
 from .tracing import trace
@@ -85,7 +85,7 @@ def export_onnx(
     backbone: Any = shared_copy(stock)
     prepare(backbone)
     _check_float32(backbone)
-    example = _example(backbone)
+    example = token_inputs(backbone, _BATCH, _LENGTH)
     with torch.no_grad():
         outputs = output_names(stock(**example))
     tables = [torch.zeros(_TASKS, width) for _, width in _widths(biases)]
@@ -102,7 +102,7 @@ def export_onnx(
         target,
     )
     if int8 or int8_all:
-        files = quantize(target, example_of(stock, list(example), _widths(biases)), every=int8_all)
+        files = quantize(target, example_of(stock, _widths(biases)), every=int8_all)
     prints = fingerprint(stock, [bias for group in biases.values() for bias in group])
     if prints is None:
         raise OnnxExportError("The weights of this base are not at hand (meta device, or sharded over processes).")
@@ -147,16 +147,3 @@ def _check_float32(backbone: Any) -> None:
             f"The base has weights in {', '.join(sorted(others))}, and ONNX Runtime computes in float32. Load it "
             "with `dtype=torch.float32`; deltas that were trained on it fit all the same."
         )
-
-
-def _example(backbone: Any) -> dict[str, torch.Tensor]:
-    """Inputs to trace a backbone with."""
-    generator = torch.Generator().manual_seed(0)
-    config = backbone.config
-    ids = torch.randint(min(8, config.vocab_size - 1), config.vocab_size, (_BATCH, _LENGTH), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    accepted = inspect.signature(type(backbone).forward).parameters
-    # With one type there is nothing to tell apart.
-    if "token_type_ids" in accepted and getattr(config, "type_vocab_size", 0) > 1:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    return inputs

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import OnnxExportError
 from .folder import DATA_FILE, GRAPH_FILE, GraphInfo, sha256
+from .inputs import token_inputs
 from .packages import package
 from .smoothing import smooth
 
@@ -45,24 +46,20 @@ def quantized_copy(
     target.mkdir(parents=True, exist_ok=True)
     for name in info.sha256:
         shutil.copyfile(Path(source) / name, target / name)
-    files = quantize(target, example_of(backbone, info.inputs, info.biases), every=every)
+    files = quantize(target, example_of(backbone, info.biases), every=every)
     replace(info, weights="int8", sha256={path.name: sha256(path) for path in files}).write(target)
 
 
-def example_of(backbone: Any, inputs: Sequence[str], biases: Sequence[tuple[str, int]]) -> dict[str, numpy.ndarray]:
+def example_of(backbone: Any, biases: Sequence[tuple[str, int]]) -> dict[str, numpy.ndarray]:
     """A batch of random tokens for a graph, with the base's own biases.
 
     Args:
         backbone (`PreTrainedModel`): The base's.
-        inputs (`Sequence[str]`): The arguments of its forward that the graph takes.
-        biases (`Sequence[tuple[str, int]]`): Names and widths of those that it takes from outside.
+        biases (`Sequence[tuple[str, int]]`): Names and widths of those that the graph takes from outside.
     """
-    config = backbone.config
-    length = max(1, min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS) // 2))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(min(8, config.vocab_size - 1), config.vocab_size, (_EXAMPLES, length), generator=generator)
-    values = {name: torch.ones_like(ids) if name == "attention_mask" else torch.zeros_like(ids) for name in inputs}
-    values |= {"input_ids": ids, "rows": torch.zeros((_EXAMPLES, len(biases)), dtype=torch.long)}
+    length = max(1, min(_TOKENS, getattr(backbone.config, "max_position_embeddings", _TOKENS) // 2))
+    values = token_inputs(backbone, _EXAMPLES, length)
+    values["rows"] = torch.zeros((_EXAMPLES, len(biases)), dtype=torch.long)
     state = backbone.state_dict()
     for name, width in biases:  # one that the base lacks is zero
         values[name] = state[name].float().reshape(1, width) if name in state else torch.zeros(1, width)
