@@ -1,7 +1,7 @@
 """Builds wheel and sdist into `dist/` and looks at them as a user would: `make dist-check`.
 
     python .ci/dist_check.py               # builds, checks, installs both into empty environments
-    python .ci/dist_check.py --no-install  # without the installs, which download and unpack nearly 2 GB
+    python .ci/dist_check.py --no-install  # without the installs, of more than a gigabyte each
 
 1. The sdist builds the same wheel as the tree, byte for byte.
 2. `twine check --strict`: what an index shows of them is well formed.

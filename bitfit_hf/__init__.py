@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 # `python -m` is still on the stack when the import is completed, see `__getattr__` below.
 _completing = "__version__" in globals()
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 
 # Python's own import is called `_frozen_importlib` until somebody imports `importlib`; `runpy` is behind `python -m`.

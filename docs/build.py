@@ -1,6 +1,6 @@
 """Builds the documentation and runs what is in it: `make docs`.
 
-    python docs/build.py                 # tutorials and code blocks are run, the pages are in docs/_build/html
+    python docs/build.py                 # all code is run, the pages are in docs/_build/html
     python docs/build.py --no-run        # only the pages, in seconds: for writing
     python docs/build.py --only guides   # the pages, and the code blocks of those whose path has this in it
 
@@ -104,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
         running = None if args.no_run else subprocess.Popen(blocks, env=environment)
         failed = pages(environment, run=running is not None and not args.only)
         print(f"Pages: {'failed' if failed else 'written'} in {time.monotonic() - started:.0f} s", flush=True)
-        failed |= running.wait() if running is not None else 0
+        if running is not None:
+            failed |= running.wait()
+            if not args.only:
+                failed |= subprocess.run([sys.executable, str(DOCS / "examples.py")], env=environment).returncode
     if not failed:
         print(f"Open {(BUILT / 'html' / 'index.html').relative_to(ROOT)}")
     return 1 if failed else 0

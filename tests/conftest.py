@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["command_line", "hub_fixtures", "recipe_fixtures", "serving_fixtures"]
+pytest_plugins = ["browser_fixtures", "command_line", "hub_fixtures", "recipe_fixtures", "serving_fixtures"]
 
 
 def pytest_collection_finish() -> None:

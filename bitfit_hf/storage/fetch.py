@@ -112,6 +112,13 @@ def fetch_delta(
         ) from error
     except (HTTPError, OSError) as error:
         raise DeltaIOError(f"{name} could not be fetched{_because(error)}; try again. ({error})") from error
+    except RuntimeError as error:
+        if "client has been closed" not in str(error):
+            raise
+        # Where nobody answers, huggingface_hub before 1.27 tries again with a client that it has just closed.
+        raise DeltaIOError(
+            f"{name} is not a folder, and the Hub cannot be reached. Check the connection, and try again. ({error})"
+        ) from error
 
 
 def http_status(error: BaseException | None) -> int | None:

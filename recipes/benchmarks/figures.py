@@ -25,8 +25,8 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- /figures -->)", flags=r
 # How a system of the training benchmark is called in README, and its name in the benchmark of serving.
 SYSTEMS = {
     "full fine-tuning": ("full fine-tuning", "merged"),
-    "LoRA r=8, q and v": ("LoRA, rank 8 on query and value", "lora"),
-    "BEFT, all Linears": ("BEFT (PEFT's), all linear layers", None),
+    "LoRA r=8, q and v": ("LoRA, rank 8", "lora"),
+    "BEFT, all Linears": ("BEFT (PEFT's)", None),
     "BitFit": ("**bitfit_hf**", "bank"),
 }
 KEYS = {"full fine-tuning": "full", "LoRA r=8, q and v": "lora", "BitFit": "bitfit"}
@@ -74,6 +74,7 @@ def quoted() -> dict[str, str]:
     for entry in read("serve.json")["memory"]:
         model = "bert_base" if entry["model"].startswith("BERT") else "minilm"
         found[f"thousand_tasks_{model}_{entry['dtype']}"] = size(entry["tasks"])
+    found["quickstart_table"] = quickstart_table()
     return found
 
 
@@ -81,7 +82,7 @@ def costs() -> str:
     """What a task costs, against peers."""
     rows = training("bert-base")
     lines = [
-        "| | trained | a task on disk | a training step¹ | kept for backward¹ | 1,000 tasks in one stream² |",
+        "| | trained | a task on disk | a step¹ | memory¹ | 1,000 tasks² |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for system, (name, served) in SYSTEMS.items():
@@ -89,24 +90,38 @@ def costs() -> str:
         if served == "bank":
             stream = "**1**"
         elif served is None:
-            stream = "no mixed batches"
+            stream = "cannot mix"
         else:
             stream = f"{1 / serving(served, 32, 64)['bank_is_faster_by']['median']:.2f}"
         lines.append(
-            f"| {name} | {row['trainable']:,} | {size(row['disk_bytes'])} | {row['ratio']:.2f} ± {row['spread']:.2f} "
-            f"| {row['kept_bytes'] / 2**20:,.0f} MiB | {stream} |"
+            f"| {name} | {row['trainable']:,} | {size(row['disk_bytes'])} "
+            f"| {row['ratio']:.2f}&nbsp;±&nbsp;{row['spread']:.2f} | {row['kept_bytes'] / 2**20:,.0f} MiB | {stream} |"
         )
     lines += [
         "",
-        "<sub>¹ Shape of BERT-base, batch 8 × 128, two CPU cores; a step's time over that of biases unfrozen by hand: "
-        f"[`{PLACE}/training.md`]({PLACE}/training.md). ² Throughput on MiniLM, batch 32 × 64, each text for a random "
-        f"task; full fine-tuning is merged models in turn: [`{PLACE}/serve.json`]({PLACE}/serve.json).</sub>",
+        "<sub>¹ BERT-base, batch 8 × 128, two CPU cores; time over that of biases unfrozen by hand, memory kept for "
+        f"backward: [`training.md`]({PLACE}/training.md). ² Throughput on MiniLM, batch 32 × 64, a random task per "
+        "text; full fine-tuning is merged models in turn: "
+        f"[`serve.json`]({PLACE}/serve.json). Both in `{PLACE}/`.</sub>",
     ]
     return "\n".join(lines)
 
 
 def quickstart() -> str:
-    """What `make quickstart` has brought."""
+    """What `make quickstart` has brought, in a sentence."""
+    reached = "; ".join(
+        f"{row['task']} ({row['labels']} labels) **{row['bitfit']:.2f}** "
+        f"({row['frozen']:.2f}, {row['bag_of_words']:.2f})"
+        for row in read("quickstart.json")["results"]
+    )
+    return (
+        f"Accuracy of one run (in brackets: the head alone on a frozen body; a bag of words): {reached}: "
+        f"[`{PLACE}/quickstart.json`]({PLACE}/quickstart.json)."
+    )
+
+
+def quickstart_table() -> str:
+    """The same for the documentation, whole."""
     record = read("quickstart.json")
     lines = [
         "| accuracy, one run | majority | bag of words | frozen body | BitFit | trained | on disk |",
@@ -119,7 +134,6 @@ def quickstart() -> str:
             f"| {row['task']} ({row['labels']} labels) | {values} | **{row['bitfit']:.2f}** | "
             f"{trained:,} ({trained / row['base']:.2%}) | {size(row['bytes'])} |"
         )
-    lines += ["", f"<sub>[`{PLACE}/quickstart.json`]({PLACE}/quickstart.json)</sub>"]
     return "\n".join(lines)
 
 

@@ -62,7 +62,10 @@ def test_changelog_and_citation_speak_of_the_version_to_come():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (version, "Apache-2.0")
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    first = re.search(r"^## \[(.+?)\]", changelog, re.M)[1]
-    assert first == ("Unreleased" if bitfit_hf.__version__ != version else version)
+    first, *releases = re.findall(r"^## \[(.+?)\]", changelog, re.M)
+    assert first == "Unreleased"
+    if bitfit_hf.__version__ == version:
+        assert releases[0] == version
+        assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M)
     kinds = re.findall(r"^### (.+)$", changelog, re.M)
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}

@@ -368,9 +368,9 @@ def test_every_way_of_loading_resizes_the_base_and_gives_the_same_outputs(bases,
 
 
 def test_resizing_draws_no_random_numbers(bases, saved):
-    base = load("gpt2-causal_lm", bases("gpt2-causal_lm"))
+    base, folder = load("gpt2-causal_lm", bases("gpt2-causal_lm")), saved("gpt2-causal_lm").folder
     before = torch.random.get_rng_state()
-    load_delta(base, saved("gpt2-causal_lm").folder)
+    load_delta(base, folder)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

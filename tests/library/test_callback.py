@@ -508,7 +508,7 @@ def test_the_run_is_kept_for_the_card(tmp_path: Path) -> None:
     assert not [name for name in run.metrics if name.endswith("per_second")]
     assert run.train_loss == pytest.approx(sum(losses(trainer)) / 4)
     assert run.seconds > 0
-    assert run.versions["torch"] == torch.__version__
+    assert run.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]  # its package may not name the build
 
 
 def test_metrics_of_several_data_sets_are_kept_together(tmp_path: Path) -> None:

@@ -441,8 +441,8 @@ def test_the_same_deltas_are_refused_as_by_the_torch_bank(base, bank):
 
 
 _GPT2 = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=40)
-_MODERN = ModernBertConfig(
-    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=40, pad_token_id=0,
+_MODERN = ModernBertConfig(  # two layers: transformers 5.16 refuses to make one of a single layer
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=40, pad_token_id=0,
     bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
 )  # fmt: skip
 

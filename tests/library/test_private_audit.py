@@ -14,7 +14,6 @@ import math
 
 import pytest
 import torch
-from opacus.accountants import create_accountant
 from scipy.stats import beta
 from torch import nn
 from trainer_tester import arguments
@@ -25,6 +24,7 @@ from bitfit_hf import BitFitCallback, PrivacyConfig, PrivateTrainer
 from bitfit_hf.trainer.private.gradients import PrivateSum, generator_noise
 from bitfit_hf.tuner.per_example import dense
 
+create_accountant = pytest.importorskip("opacus.accountants", reason="of the extra `private`").create_accountant
 RUNS, NOISE, DELTA, CLIP = 4000, 1.0, 1e-3, 1.0
 
 

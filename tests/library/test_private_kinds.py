@@ -19,6 +19,8 @@ from bitfit_hf.trainer.private.ledger import Ledger
 from bitfit_hf.trainer.private.sampling import keyed_generator
 from bitfit_hf.trainer.private.study import IGNORED, check_padding, study_batch
 
+pytest.importorskip("opacus", reason="of the extra `private`")
+
 COUNT, CLIP, RATE = 6, 0.05, 0.5
 NO_NOISE = PrivacyConfig(noise_multiplier=0.0, max_grad_norm=CLIP)
 NOISE = PrivacyConfig(noise_multiplier=1.0, accountant="rdp")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from opacus.accountants import create_accountant
 from trainer_tester import arguments, fresh, moved, rows, trainer_for, tuned
 
 from bitfit_hf import BitFitCallback, BitFitConfig, MissingDependencyError, PrivacyConfig, PrivacyError
@@ -19,6 +18,7 @@ from bitfit_hf.trainer.private.ledger import Ledger
 from bitfit_hf.trainer.private.sampling import PoissonBatches, draw
 from bitfit_hf.trainer.private.trainer import PrivateTrainer
 
+create_accountant = pytest.importorskip("opacus.accountants", reason="of the extra `private`").create_accountant
 NO_PRIVACY = PrivacyConfig(noise_multiplier=0.0, max_grad_norm=math.inf)
 RDP = PrivacyConfig(noise_multiplier=1.0, accountant="rdp")
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import figures
+from markdown_it import MarkdownIt
 from peft import get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -52,7 +53,7 @@ def run(code: str, **names: Any) -> dict[str, Any]:
 
 
 def test_training_every_way_of_loading_and_a_bank(workplace: Path) -> None:
-    trained = run(TRAIN, train_dataset=rows(), eval_dataset=rows())
+    trained = run(TRAIN, rows=rows(), more=rows())
     model = trained["model"]
     assert {path.name for path in (workplace / "my-task").glob("adapter*")} == {
         "adapter_config.json",
@@ -64,7 +65,7 @@ def test_training_every_way_of_loading_and_a_bank(workplace: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     push_to_hub(model, "alice/mood", tokenizer=tokenizer)
     push_to_hub(model, "alice/bert-base-rte-bitfit")
-    used = run(USE)
+    used = run(USE, **trained)
     texts = ["Not bad at all.", ("It rains.", "It is wet.")]
     assert [answer["label"] for answer in used["answers"]] == [
         model.config.id2label[int(model(**tokenizer(*text, return_tensors="pt")).logits.argmax())]
@@ -110,5 +111,44 @@ def test_the_readme_has_the_figures_of_the_recorded_results() -> None:
     assert figures.filled(text) == text, "run recipes/benchmarks/figures.py"
 
 
-def test_the_readme_fits_on_two_screens() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 125
+# About as GitHub shows it: 16 px, 830 px wide in a window of 1280, of which a screen is 1024 px high.
+STYLE = """
+article { width: 830px; font: 16px/1.5 "Segoe UI", "Noto Sans", Helvetica, Arial, sans-serif }
+p, ul, table, pre { margin: 0 0 16px }
+h1, h2 { margin: 24px 0 16px; padding-bottom: .3em; border-bottom: 1px solid; line-height: 1.25 }
+h1 { margin-top: 0; font-size: 2em } h2 { font-size: 1.5em } img { max-width: 100% }
+table { border-collapse: collapse; display: block; max-width: 100%; overflow: auto }
+th, td { padding: 6px 13px; border: 1px solid }
+code { padding: .2em .4em; font: 85% ui-monospace, monospace }
+pre { padding: 16px; font-size: 85%; line-height: 1.45; overflow: auto } pre code { padding: 0; font-size: 100% }
+sub { font-size: 75%; line-height: 0 }
+"""
+
+
+@pytest.mark.slow
+def test_the_readme_fits_on_two_screens(browser: Any, tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    body = MarkdownIt().enable("table").render(text)
+    page = browser.new_page(viewport={"width": 1280, "height": 1024})
+    (tmp_path / "readme.html").write_text(
+        f"<!doctype html><base href='{ROOT.as_uri()}/'><style>{STYLE}</style><article>{body}</article>",
+        encoding="utf-8",
+    )
+    page.goto((tmp_path / "readme.html").as_uri())
+    assert page.evaluate("document.images[0].naturalWidth") > 0
+    assert page.evaluate("document.querySelector('article').scrollHeight") <= 2 * 1024
+    scrolled = page.evaluate(
+        "[...document.querySelectorAll('pre, table')].filter(e => e.scrollWidth > e.clientWidth).length"
+    )
+    assert scrolled == 0, "a block of code or a table is wider than the page"
+    page.close()
+
+
+def test_every_figure_of_the_readme_names_its_file() -> None:
+    """A paragraph or table with a measured figure links to what holds it, itself or in the line below."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
+    measured = [index for index, part in enumerate(parts) if re.search(r"[01]\.\d\d|\d (points|MB|%)", part)]
+    assert len(measured) >= 3
+    for index in measured:
+        assert re.search(r"/results/|#what-it-costs", parts[index] + parts[index + 1]), parts[index]

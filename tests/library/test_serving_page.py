@@ -1,38 +1,17 @@
-"""The pages in a real browser: what a person sees who lists the tasks and tries one.
-
-The browser is a Chromium that is there (`chromium`, `google-chrome`, … on the path, or what `playwright install
-chromium` brings); where none is found these tests are skipped.
-"""
+"""The pages in a real browser: what a person sees who lists the tasks and tries one."""
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving_tester import KINDS, Expected, make_engine, served, text_for
 
-sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.slow
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 MARKUP = "<img src=x onerror=document.title='hacked'>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        path = next(filter(None, map(shutil.which, NAMES)), own if os.path.exists(own) else None)
-        if path is None:
-            pytest.skip(f"no {' or '.join(NAMES)} here, which no package brings: `playwright install chromium`")
-        # No sandbox: in a container, where tests often run as root, Chromium does not start with it.
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 class Visitor:
