@@ -251,7 +251,7 @@ def test_stock_loads_from_the_hub_where_bitfit_hf_cannot_be_imported(hub, hub_en
     found = load_file(out)
     assert set(found) == {"by name", "PeftModel", "load_adapter"}
     if Version(transformers.__version__) < Version("5.18"):
-        del found["by name"]  # it answers with an untuned model
+        del found["by name"], found["load_adapter"]  # both answer with an untuned model
     for way, tensor in found.items():
         assert (tensor - logits(model)).abs().max() <= TOLERANCE, way
 
