@@ -47,7 +47,8 @@ def export_stock(
     Writes the tuned model as a plain LoRA adapter that stock `peft` and `transformers` load without `bitfit_hf`.
 
     The adapter holds the tuned biases themselves, not their deltas, so it needs the base's values: of the model at
-    hand, or of the base that is loaded for it. Whoever loads it passes the number of labels:
+    hand, or of the base that is loaded for it. Whoever loads it passes the number of labels. transformers' own ways,
+    such as the first one here, have it from 5.18 on; older ones answer with an untuned model:
 
     ```python
     AutoModelForSequenceClassification.from_pretrained(

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import pytest
 import torch
 from architectures import Architecture, output_tensors
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -19,6 +21,9 @@ from bitfit_hf.tuner import BitFitHead
 
 PREFIX = "base_model.model."
 Tensors = dict[str, torch.Tensor]
+needs_a_compiler = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 does not compile BERT, be it tuned or not"
+)
 
 
 def config_for(arch: Architecture, **values: Any) -> BitFitConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, get_peft_model
 from trainer_tester import WAYS, fresh, prepared, rows, trainer_for
 from transformers import AutoModelForSequenceClassification
@@ -153,7 +154,10 @@ def test_labels_that_could_not_be_loaded_are_not_saved(
 ) -> None:
     model = prepared(way)
     trainer_for(model, tmp_path / "run")
-    setattr(model.config, attribute, value)
+    try:
+        setattr(model.config, attribute, value)
+    except StrictDataclassError:
+        pytest.skip("this transformers refuses the value itself")
     for save in (lambda: model.save_pretrained(tmp_path / "delta"), lambda: BiasDelta.from_model(model)):
         with pytest.raises(ConfigError, match=message):
             save()

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES
+from packaging.version import Version
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from trainer_tester import (
     IN_PLACE,
@@ -32,7 +34,7 @@ from trainer_tester import (
     tuned,
 )
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, TrainerCallback
-from tuner_tester import base_tensors, same_tensors
+from tuner_tester import base_tensors, needs_a_compiler, same_tensors
 
 from bitfit_hf import BitFitCallback, BitFitConfig
 from bitfit_hf.errors import DeltaMismatchError
@@ -193,7 +195,10 @@ def test_resume_equals_an_uninterrupted_run(
     whole.train()
     expected = tuned(model)
     shutil.rmtree(tmp_path / "run" / "checkpoint-10")  # `True` takes the last one
-    for checkpoint, step in ((str(tmp_path / "run" / "checkpoint-3"), 3), (True, 9)):
+    checkpoints = [(str(tmp_path / "run" / "checkpoint-3"), 3), (True, 9)]
+    if Version(transformers.__version__) < Version("5.18"):
+        del checkpoints[1]  # after the first epoch a stock Trainer goes on with the rows in another order
+    for checkpoint, step in checkpoints:
         again, resumed = run(save_strategy="no")
         resumed.train(resume_from_checkpoint=checkpoint)
         assert losses(resumed)[step:] == losses(whole)[step:]
@@ -535,6 +540,7 @@ def test_a_bf16_base(way: str, tmp_path: Path) -> None:
     assert same_tensors(base_tensors(model), base)
 
 
+@needs_a_compiler
 @pytest.mark.parametrize("way", [IN_PLACE, pytest.param(WRAPPED, marks=pytest.mark.slow)])
 def test_torch_compile(way: str, tmp_path: Path) -> None:
     results = {}

@@ -22,6 +22,7 @@ from tuner_tester import (
     file_tensors,
     fill_,
     identical,
+    needs_a_compiler,
     outputs,
     same_tensors,
     state,
@@ -695,6 +696,7 @@ def test_moving_and_emptying_devices_takes_deltas_along():
 # PyTorch's machinery -------------------------------------------------------------------------------------------------
 
 
+@needs_a_compiler
 def test_torch_compile(tmp_path):
     arch = ARCHITECTURES["bert-sequence"]
     model = fill_(tune(arch))
@@ -715,6 +717,7 @@ def test_torch_compile(tmp_path):
     torch.compiler.reset()
 
 
+@needs_a_compiler
 def test_torch_compile_of_the_backbone_is_one_graph():
     arch = ARCHITECTURES["bert-backbone"]
     model = fill_(tune(arch)).get_base_model()
