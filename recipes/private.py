@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from common.arguments import StudyArguments
 from common.data import GLUE, GLUE_NAME, by_length, load_glue, subset
 from common.metrics import glue_metrics, word_accuracy
@@ -37,6 +38,7 @@ from common.training import Split, TaskData, run_recipe, train
 from glue import tokenized
 from reproduction.baselines import BitFit
 from token_classification import UD_NAME, TokenClassificationArguments, load
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -65,6 +67,8 @@ class PrivateArguments(StudyArguments):
     batch_size: int = field(default=512, metadata={"help": "Examples in an update, on average, over all processes."})
     accumulation: int = field(default=8, metadata={"help": "Parts of an update that are computed one by one."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Of the head; `learning_rate` else."})
+    dropout: float | None = field(default=None, metadata={"help": "Of the whole model; its own by default."})
+    head_scale: float = field(default=1.0, metadata={"help": "What the fresh output layer's weight is multiplied by."})
     eval_every: int = field(default=1000, metadata={"help": "Epochs from one evaluation to the next."})
     output_dir: str = field(default="outputs/private", metadata={"help": "Gets run.json and the delta."})
 
@@ -81,6 +85,28 @@ class PrivateArguments(StudyArguments):
             accountant=self.accountant,
             secure_mode=self.secure_mode,
         )
+
+
+def _dropout(args: PrivateArguments) -> dict[str, float]:
+    """Changes of the configuration of a model of BERT's kind."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    return {} if args.dropout is None else dict.fromkeys(names, args.dropout)
+
+
+def _larger_head(model: PreTrainedModel, factor: float) -> PreTrainedModel:
+    """The model with another output layer to begin with.
+
+    A fresh one is so small that next to no gradient goes through it, and what an example is clipped to is spent on the
+    output layer alone.
+    """
+    outputs = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    with torch.no_grad():
+        outputs[-1].weight.mul_(factor)
+    return model
 
 
 class Tuned(BitFit):
@@ -115,8 +141,10 @@ def sentences(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:
         tokenizer=tokenizer,
         source="local files" if args.data_dir else GLUE_NAME,
     )
-    names = {"id2label": dict(enumerate(spec.labels))} if spec.labels else {"num_labels": 1}
-    return new_model(AutoModelForSequenceClassification, args.model_name_or_path, args.seed, **names), data
+    names: dict[str, Any] = {"id2label": dict(enumerate(spec.labels))} if spec.labels else {"num_labels": 1}
+    names |= _dropout(args)
+    model = new_model(AutoModelForSequenceClassification, args.model_name_or_path, args.seed, **names)
+    return _larger_head(model, args.head_scale), data
 
 
 def words(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:
@@ -136,10 +164,9 @@ def words(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:
         source="local files" if args.data_dir else UD_NAME,
         shrink=lambda logits, labels: logits.argmax(-1),
     )
-    model = new_model(
-        AutoModelForTokenClassification, args.model_name_or_path, args.seed, id2label=dict(enumerate(names))
-    )
-    return model, data
+    labels = {"id2label": dict(enumerate(names))} | _dropout(args)
+    model = new_model(AutoModelForTokenClassification, args.model_name_or_path, args.seed, **labels)
+    return _larger_head(model, args.head_scale), data
 
 
 def run(args: PrivateArguments) -> RunRecord:
