@@ -131,6 +131,7 @@ def arguments_of(run: Run, args: Arguments, folder: str) -> private.PrivateArgum
         max_steps=settings.updates,
         clip=settings.clip,
         dropout=settings.dropout,
+        attention="eager",
         head_scale=settings.head_scale,
         precision="bf16",
         use_cpu=True,
