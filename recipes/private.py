@@ -8,8 +8,8 @@ hold the private run against.
 
     accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --target_epsilon 3 \\
         --data_dir path/to/data
-    accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --task pos \\
-        --target_epsilon 8 --data_dir path/to/data
+    accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --task pos --head_scale 1 \\
+        --clip 1 --learning_rate 4e-3 --batch_size 256 --max_steps 30 --target_epsilon 8 --data_dir path/to/data
     accelerate launch recipes/private.py --task sst2 --noise_multiplier 0.8 --target_delta 1e-6 --secure_mode
     accelerate launch recipes/private.py --task sst2 --batch_size 32 --accumulation 1 --epochs 2
     accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml \\
@@ -17,8 +17,9 @@ hold the private run against.
         --data_dir path/to/data
 
 What helps a private run: all the rows there are, since the noise is shared by them; large batches (`--batch_size` is
-the expected number of examples of an update, of which `--accumulation` parts are computed one after the other); and
-few, bold updates. Limits: the unit of privacy is a row, a sentence here, and not a person; rows are neither filtered
+the expected number of examples of an update, of which `--accumulation` parts are computed one after the other, by
+length); a clip of the size of the gradients, not far below it; a larger output layer to begin with (`--head_scale`);
+and no dropout. docs/guides/private_training.md says why. Limits: the unit of privacy is a row, a sentence here, and not a person; rows are neither filtered
 nor weighted by their labels. Data is read as in `glue.py` and `token_classification.py`.
 """
 
@@ -61,7 +62,7 @@ class PrivateArguments(StudyArguments):
     target_epsilon: float | None = field(default=None, metadata={"help": "ε of the whole run."})
     noise_multiplier: float | None = field(default=None, metadata={"help": "Instead of an ε."})
     target_delta: float | None = field(default=None, metadata={"help": "δ; 1 / (10 n) by default."})
-    clip: float = field(default=0.1, metadata={"help": "Norm that each example's gradient is clipped to."})
+    clip: float = field(default=1.0, metadata={"help": "Norm that each example's gradient is clipped to."})
     accountant: str = field(default="prv", metadata={"help": "prv or rdp."})
     secure_mode: bool = field(default=False, metadata={"help": "Randomness from the operating system's generator."})
     batch_size: int = field(default=512, metadata={"help": "Examples in an update, on average, over all processes."})

@@ -62,7 +62,7 @@ class Settings:
 PRIVATE = {
     (MINILM, "sst2"): Settings(2e-3, 4e-3, 256, 30, clip=2.5, head_scale=10.0),
     (MINILM, "pos"): Settings(4e-3, 4e-3, 128, 30, clip=1.0),
-    (MPNET, "sst2"): Settings(1e-3, 2e-3, 128, 24, clip=2.5, head_scale=10.0),
+    (MPNET, "sst2"): Settings(1e-3, 2e-3, 128, 24, clip=2.5, head_scale=3.0),
     (MPNET, "pos"): Settings(2e-3, 4e-3, 64, 30, clip=1.0),
 }
 PLAIN_BATCH, PLAIN_RATE = 32, 1e-3
@@ -183,9 +183,9 @@ one core of a busy machine: an upper bound, and nothing to compare systems by.
 """
 _HEADINGS = (
     *("model", "task", "rows", "ε", "seeds", "accuracy", "noise", "clip", "batch", "updates", "rate, head's"),
-    "minutes",
+    *("head ×", "minutes"),
 )
-_SEARCH_HEADINGS = ("accuracy", "loss", "clip", "batch", "updates", "rate, head's", "dropout")
+_SEARCH_HEADINGS = ("accuracy", "loss", "clip", "batch", "updates", "rate, head's", "head ×", "dropout")
 
 
 def page(lines: list[dict[str, Any]]) -> str:
@@ -225,6 +225,7 @@ def _cells(run: Run, entries: list[dict[str, Any]]) -> tuple[str, ...]:
         str(run.settings.batch_size),
         str(run.settings.updates),
         _rates(run.settings),
+        f"{run.settings.head_scale:g}",
         f"{statistics.median(entry['seconds'] for entry in entries) / 60:.1f}",
     )
 
@@ -238,6 +239,7 @@ def _search_cells(settings: Settings, entry: dict[str, Any]) -> tuple[str, ...]:
         str(settings.batch_size),
         str(settings.updates),
         _rates(settings),
+        f"{settings.head_scale:g}",
         "the model's" if settings.dropout is None else f"{settings.dropout:g}",
     )
 
