@@ -9,7 +9,7 @@ hold the private run against.
     accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --target_epsilon 3 \\
         --data_dir path/to/data
     accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --task pos --head_scale 1 \\
-        --clip 1 --learning_rate 4e-3 --batch_size 256 --max_steps 30 --target_epsilon 8 --data_dir path/to/data
+        --clip 1 --learning_rate 4e-3 --batch_size 128 --target_epsilon 8 --data_dir path/to/data
     accelerate launch recipes/private.py --task sst2 --noise_multiplier 0.8 --target_delta 1e-6 --secure_mode
     accelerate launch recipes/private.py --task sst2 --batch_size 32 --accumulation 1 --epochs 2
     accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml \\
@@ -19,8 +19,9 @@ hold the private run against.
 What helps a private run: all the rows there are, since the noise is shared by them; large batches (`--batch_size` is
 the expected number of examples of an update, of which `--accumulation` parts are computed one after the other, by
 length); a clip of the size of the gradients, not far below it; a larger output layer to begin with (`--head_scale`);
-and no dropout. docs/guides/private_training.md says why. Limits: the unit of privacy is a row, a sentence here, and not a person; rows are neither filtered
-nor weighted by their labels. Data is read as in `glue.py` and `token_classification.py`.
+and no dropout. docs/guides/private_training.md says why. Limits: the unit of privacy is a row, a sentence here, and
+not a person; rows are neither filtered nor weighted by their labels. Data is read as in `glue.py` and
+`token_classification.py`.
 """
 
 from __future__ import annotations
