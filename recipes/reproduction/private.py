@@ -62,7 +62,7 @@ PRIVATE = {
     (MINILM, "sst2"): Settings(2e-3, 4e-3, 256, 30, clip=2.5, head_scale=10.0),
     (MINILM, "pos"): Settings(4e-3, 4e-3, 128, 30, clip=1.0),
     (MPNET, "sst2"): Settings(2e-3, 4e-3, 128, 24, clip=2.5, head_scale=10.0),
-    (MPNET, "pos"): Settings(2e-3, 4e-3, 64, 30, clip=1.0),
+    (MPNET, "pos"): Settings(4e-3, 8e-3, 128, 30, clip=2.5, head_scale=10.0),
 }
 PLAIN_BATCH, PLAIN_RATE = 32, 1e-3
 SEARCHED = (
