@@ -193,9 +193,10 @@ rate of 1e-3, is not the best that can be had (0.92 in `rates_by_term.jsonl` bes
 MiniLM loses about ten points on SST-2 and fifteen on parts of speech with ε = 8, and more with ε = 3.
 
 The settings were found by hand: on seed 0 of SST-2 on MiniLM with ε = 8, by its training loss and its validation rows,
-then taken to SST-2 on MPNet after one run there with smaller rates had failed (below) and the training loss of another,
-broken off, had fallen. Of parts of speech one run on MiniLM and two on MPNet were looked at before. None of that is in any ε, and a real private run would have to account for it, or to
-take its settings from public data. Other settings may be better.
+then taken to SST-2 on MPNet after one run there with smaller rates had failed (below) and the training loss of
+another, broken off, had fallen. Of parts of speech one run on MiniLM and two on MPNet were looked at before. None of
+that is in any ε, and a real private run would have to account for it, or to take its settings from public data. Other
+settings may be better.
 """
 _HEADINGS = (
     *("model", "task", "rows", "ε", "seeds", "accuracy", "noise", "clip", "batch", "updates", "rate, head's"),
