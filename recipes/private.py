@@ -8,8 +8,8 @@ hold the private run against.
 
     accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --target_epsilon 3 \\
         --data_dir path/to/data
-    accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --task pos \\
-        --target_epsilon 8 --data_dir path/to/data
+    accelerate launch recipes/private.py --config recipes/configs/private_minilm_cpu.yaml --task pos --head_scale 1 \\
+        --clip 1 --learning_rate 4e-3 --batch_size 128 --target_epsilon 8 --data_dir path/to/data
     accelerate launch recipes/private.py --task sst2 --noise_multiplier 0.8 --target_delta 1e-6 --secure_mode
     accelerate launch recipes/private.py --task sst2 --batch_size 32 --accumulation 1 --epochs 2
     accelerate launch --config_file recipes/accelerate/cpu_2_processes.yaml \\
@@ -17,9 +17,11 @@ hold the private run against.
         --data_dir path/to/data
 
 What helps a private run: all the rows there are, since the noise is shared by them; large batches (`--batch_size` is
-the expected number of examples of an update, of which `--accumulation` parts are computed one after the other); and
-few, bold updates. Limits: the unit of privacy is a row, a sentence here, and not a person; rows are neither filtered
-nor weighted by their labels. Data is read as in `glue.py` and `token_classification.py`.
+the expected number of examples of an update, of which `--accumulation` parts are computed one after the other, by
+length); a clip of the size of the gradients, not far below it; a larger output layer to begin with (`--head_scale`);
+and no dropout. docs/guides/private_training.md says why. Limits: the unit of privacy is a row, a sentence here, and
+not a person; rows are neither filtered nor weighted by their labels. Data is read as in `glue.py` and
+`token_classification.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from common.arguments import StudyArguments
 from common.data import GLUE, GLUE_NAME, by_length, load_glue, subset
 from common.metrics import glue_metrics, word_accuracy
@@ -37,6 +40,7 @@ from common.training import Split, TaskData, run_recipe, train
 from glue import tokenized
 from reproduction.baselines import BitFit
 from token_classification import UD_NAME, TokenClassificationArguments, load
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -59,12 +63,17 @@ class PrivateArguments(StudyArguments):
     target_epsilon: float | None = field(default=None, metadata={"help": "ε of the whole run."})
     noise_multiplier: float | None = field(default=None, metadata={"help": "Instead of an ε."})
     target_delta: float | None = field(default=None, metadata={"help": "δ; 1 / (10 n) by default."})
-    clip: float = field(default=0.1, metadata={"help": "Norm that each example's gradient is clipped to."})
+    clip: float = field(default=1.0, metadata={"help": "Norm that each example's gradient is clipped to."})
     accountant: str = field(default="prv", metadata={"help": "prv or rdp."})
     secure_mode: bool = field(default=False, metadata={"help": "Randomness from the operating system's generator."})
     batch_size: int = field(default=512, metadata={"help": "Examples in an update, on average, over all processes."})
     accumulation: int = field(default=8, metadata={"help": "Parts of an update that are computed one by one."})
     head_learning_rate: float | None = field(default=None, metadata={"help": "Of the head; `learning_rate` else."})
+    dropout: float | None = field(default=None, metadata={"help": "Of the whole model; its own by default."})
+    attention: str | None = field(
+        default=None, metadata={"help": "eager or sdpa; on a CPU, without dropout and in bf16, eager is the faster."}
+    )
+    head_scale: float = field(default=1.0, metadata={"help": "What the fresh output layer's weight is multiplied by."})
     eval_every: int = field(default=1000, metadata={"help": "Epochs from one evaluation to the next."})
     output_dir: str = field(default="outputs/private", metadata={"help": "Gets run.json and the delta."})
 
@@ -81,6 +90,29 @@ class PrivateArguments(StudyArguments):
             accountant=self.accountant,
             secure_mode=self.secure_mode,
         )
+
+
+def _changes(args: PrivateArguments) -> dict[str, Any]:
+    """What the arguments change in the configuration of a model of BERT's kind."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    changes: dict[str, Any] = {} if args.dropout is None else dict.fromkeys(names, args.dropout)
+    return changes if args.attention is None else changes | {"attn_implementation": args.attention}
+
+
+def _larger_head(model: PreTrainedModel, factor: float) -> PreTrainedModel:
+    """The model with another output layer to begin with.
+
+    A fresh one is so small that next to no gradient goes through it, and what an example is clipped to is spent on the
+    output layer alone.
+    """
+    outputs = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    with torch.no_grad():
+        outputs[-1].weight.mul_(factor)
+    return model
 
 
 class Tuned(BitFit):
@@ -115,8 +147,10 @@ def sentences(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:
         tokenizer=tokenizer,
         source="local files" if args.data_dir else GLUE_NAME,
     )
-    names = {"id2label": dict(enumerate(spec.labels))} if spec.labels else {"num_labels": 1}
-    return new_model(AutoModelForSequenceClassification, args.model_name_or_path, args.seed, **names), data
+    names: dict[str, Any] = {"id2label": dict(enumerate(spec.labels))} if spec.labels else {"num_labels": 1}
+    names |= _changes(args)
+    model = new_model(AutoModelForSequenceClassification, args.model_name_or_path, args.seed, **names)
+    return _larger_head(model, args.head_scale), data
 
 
 def words(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:
@@ -136,10 +170,9 @@ def words(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:
         source="local files" if args.data_dir else UD_NAME,
         shrink=lambda logits, labels: logits.argmax(-1),
     )
-    model = new_model(
-        AutoModelForTokenClassification, args.model_name_or_path, args.seed, id2label=dict(enumerate(names))
-    )
-    return model, data
+    labels = {"id2label": dict(enumerate(names))} | _changes(args)
+    model = new_model(AutoModelForTokenClassification, args.model_name_or_path, args.seed, **labels)
+    return _larger_head(model, args.head_scale), data
 
 
 def run(args: PrivateArguments) -> RunRecord:

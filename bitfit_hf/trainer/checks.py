@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 # What a configuration says about the selection; the rest is found out at injection.
-_SELECTION = ("bias_terms", "target_modules", "exclude_modules", "layers_to_transform", "add_missing_biases")
+_SELECTION = (
+    "bias_terms",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "add_missing_biases",
+    "train_untrained_pooler",
+)
 # Optimizers of the Trainer that arrange the parameters themselves, by how their names begin.
 _OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo")
 

@@ -130,8 +130,11 @@ def test_a_second_trainer_with_another_selection_is_refused(way: str, tmp_path: 
     model = prepared(way, BitFitConfig(bias_terms="query"))
     trainer_for(model, tmp_path, BitFitCallback(BitFitConfig(bias_terms="query")))
     before = state(model)
-    other = BitFitCallback(BitFitConfig(bias_terms="value", layers_to_transform=1))
-    message = r"bias_terms=\['value'\] \(the model has \['query'\]\), layers_to_transform=1 \(the model has None\)"
+    other = BitFitCallback(BitFitConfig(bias_terms="value", layers_to_transform=1, train_untrained_pooler=False))
+    message = (
+        r"bias_terms=\['value'\] \(the model has \['query'\]\), layers_to_transform=1 \(the model has None\), "
+        r"train_untrained_pooler=False \(the model has True\)"
+    )
     with pytest.raises(TrainerSetupError, match=message):
         trainer_for(model, tmp_path, other)
     assert state(model) == before

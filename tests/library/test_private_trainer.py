@@ -209,6 +209,15 @@ def test_bad_values_that_only_the_data_shows(tmp_path):
         private(tmp_path, per_device_train_batch_size=17).train()
 
 
+def test_a_noise_that_the_accountant_has_no_memory_for(monkeypatch):
+    def too_large(*args, **kwargs):
+        raise MemoryError("Unable to allocate 44.4 TiB")
+
+    monkeypatch.setattr("opacus.accountants.prv.PRVAccountant.get_epsilon", too_large)
+    with pytest.raises(PrivacyError, match=r"MemoryError: Unable to allocate 44.4 TiB.*more noise"):
+        Ledger(PrivacyConfig(noise_multiplier=1e-4), 67_349, 256).plan(30)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

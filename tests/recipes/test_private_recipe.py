@@ -61,8 +61,8 @@ def test_the_study_goes_on_where_it_stopped(
     study_base: str, study_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = importlib.import_module("reproduction.private")
-    monkeypatch.setattr(study, "EXAMPLES", {"sst2": 8, "pos": 8})
-    monkeypatch.setattr(study, "BATCH", {"sst2": 4, "pos": 4})
+    tiny = study.Settings(1e-3, 1e-3, batch_size=4, updates=2, clip=1.0)
+    monkeypatch.setattr(study, "PRIVATE", dict.fromkeys(study.PRIVATE, tiny))
     monkeypatch.setattr(study, "PLAIN_BATCH", 4)
     monkeypatch.setattr(study, "EPSILONS", (50.0, None))
     monkeypatch.setattr(study, "SEEDS", (0,))
@@ -80,6 +80,48 @@ def test_the_study_goes_on_where_it_stopped(
     text = (tmp_path / "private.md").read_text()
     assert "Missing: 5 of 8 runs." in text
     assert text.count("| all-mpnet-base-v2 |") == 3
+
+
+def test_other_settings_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = importlib.import_module("reproduction.private")
+    monkeypatch.setattr(study, "SEEDS", (0,))
+    ran: list[Any] = []
+
+    def instead(args: Any) -> RunRecord:
+        ran.append(args)
+        metrics = {"final": {"accuracy": 0.5 + 0.01 * len(ran), "loss": 0.6}}
+        facts = {"epsilon": args.target_epsilon, "noise_multiplier": 0.4} if args.target_epsilon else {}
+        notes = {"privacy": facts} if facts else {}
+        return RunRecord(
+            recipe="private", task=args.task, model="m", method="bitfit", learning_rate=1.0, seed=0, config={},
+            history=[], metric="accuracy", metrics=metrics, best_epoch=1.0, trainable={}, bytes=1, seconds=60.0,
+            processor_seconds=50.0, data={"rows": {"train": 100}}, notes=notes,
+        )  # fmt: skip
+
+    monkeypatch.setattr(study.private, "run", instead)
+    command = ["--results_dir", str(tmp_path), "--parts", "minilm"]
+    study.main([*command, "--max_runs", "3"])
+    study.main([*command, "--max_runs", "0"])
+    key = (study.MINILM, "sst2")
+    changed = study.replace(study.PRIVATE[key], batch_size=study.PRIVATE[key].batch_size // 2)
+    monkeypatch.setattr(study, "PRIVATE", study.PRIVATE | {key: changed})
+    study.main([*command, "--max_runs", "3"])
+    assert [args.batch_size for args in ran[3:5]] == [changed.batch_size] * 2
+    assert [(args.target_epsilon, args.batch_size) for args in ran[2:6:3]] == [(None, 32), (None, 32)]
+    assert {(args.max_steps or 0) * args.batch_size for args in ran[3:6]} == {changed.updates * changed.batch_size}
+    lines = study.read(tmp_path / "private.jsonl")
+    assert len(lines) == len({study.run_of(line) for line in lines}) == 6, "the runs of the old settings are kept"
+    shown, others = (tmp_path / "private.md").read_text().split("Runs with other settings")
+    assert "| 1 | 0.540 |" in shown
+    assert "| 0.510 |" not in shown, "runs of two settings are not shown as one"
+    assert "| 0 | 0.510 |" in others
+
+
+def test_the_recorded_lines_are_runs_of_today() -> None:
+    study = importlib.import_module("reproduction.private")
+    lines = study.read(study.RESULTS / "private.jsonl")
+    assert len({study.run_of(line) for line in lines}) == len(lines) > 0
+    assert study.page(lines) == (study.RESULTS / "private.md").read_text()
 
 
 @pytest.mark.slow

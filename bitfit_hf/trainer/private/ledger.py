@@ -155,7 +155,14 @@ class Ledger:
                 merged[-1] = (noise, rate, merged[-1][2] + steps)
             else:
                 merged.append((noise, rate, steps))
-        epsilon = _accounted(self.config.accountant, self.delta, tuple(merged))
+        try:
+            epsilon = _accounted(self.config.accountant, self.delta, tuple(merged))
+        except (ValueError, RuntimeError, MemoryError, OverflowError) as error:  # far too little noise, mostly
+            raise PrivacyError(
+                f"Opacus' {self.config.accountant} accountant cannot compute the ε of {merged} (noise multiplier, "
+                f"sampling rate, updates; {type(error).__name__}: {error}). Use "
+                '`accountant="rdp"`, or more noise; 0 states no ε.'
+            ) from error
         if not math.isfinite(epsilon):
             raise PrivacyError(
                 f"Opacus' {self.config.accountant} accountant gives no finite ε for {merged}. Use "
