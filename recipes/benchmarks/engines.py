@@ -44,9 +44,9 @@ from transformers.utils import logging
 
 from benchmarks.mixed import time_in_turn
 from benchmarks.records import circumstances, write_record
-from benchmarks.serving import memory, random_delta
+from benchmarks.serving import TASK, memory, random_delta
 from benchmarks.timing import ratios
-from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, export_onnx
+from bitfit_hf import BiasDelta, BitFitCallback, TaskBank, export_onnx
 from bitfit_hf.bank.onnx.folder import GRAPH_FILE
 from bitfit_hf.bank.onnx.quantize import example_of, quantize, quantized_copy
 from bitfit_hf.bank.onnx.session import open_session
@@ -90,7 +90,7 @@ class Systems:
     def __init__(self, name: str, folder: Path) -> None:
         load = AutoModelForSequenceClassification.from_pretrained
         self.base = load(name, num_labels=2, attn_implementation="sdpa").eval()
-        self.template = BiasDelta.from_model(get_peft_model(load(name, num_labels=2), BitFitConfig()))
+        self.template = BiasDelta.from_model(get_peft_model(load(name, num_labels=2), TASK))
         backbone = AutoModel.from_pretrained(name)
         export_onnx(backbone, folder / "onnxruntime")
         for engine in ENGINES[2:]:

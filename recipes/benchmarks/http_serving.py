@@ -47,9 +47,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from transformers.utils import logging
 
 from benchmarks.records import circumstances, write_record
-from benchmarks.serving import random_delta
+from benchmarks.serving import TASK, random_delta
 from benchmarks.timing import quartiles
-from bitfit_hf import BiasDelta, BitFitConfig, TaskBank
+from bitfit_hf import BiasDelta, TaskBank
 
 PEERS = str(Path(__file__).with_name("http_peers.py"))
 PLAIN, ON_RAY = ("bitfit", "merged"), ("bitfit", "ray", "multiplexed")
@@ -83,7 +83,7 @@ class World:
         self.base = args.model or demo_model()
         load = AutoModelForSequenceClassification.from_pretrained
         tokenizer = AutoTokenizer.from_pretrained(self.base)
-        template = BiasDelta.from_model(get_peft_model(load(self.base, num_labels=2), BitFitConfig()))
+        template = BiasDelta.from_model(get_peft_model(load(self.base, num_labels=2), TASK))
         self.deltas: dict[str, Path] = {}
         self.merged: list[str] = []
         for number in range(args.tasks):

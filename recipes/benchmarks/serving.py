@@ -80,6 +80,11 @@ class Arguments:
 # --- systems ---
 
 
+# As on a base whose pooler is trained, such as BERT. On MiniLM, whose is not, it would be a part of each head, six
+# times as large as all biases.
+TASK = BitFitConfig(train_untrained_pooler=False)
+
+
 def random_delta(template: BiasDelta, seed: int) -> BiasDelta:
     """A delta like `template` with random values."""
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +101,7 @@ class Systems:
     def __init__(self, name: str, merged_models: int) -> None:
         load = AutoModelForSequenceClassification.from_pretrained
         self.base = load(name, num_labels=2).eval()
-        self.template = BiasDelta.from_model(get_peft_model(load(name, num_labels=2), BitFitConfig()))
+        self.template = BiasDelta.from_model(get_peft_model(load(name, num_labels=2), TASK))
         self.bank = TaskBank(AutoModel.from_pretrained(name))
         self.merged: list[torch.nn.Module] = []
         self.merged_models = merged_models
