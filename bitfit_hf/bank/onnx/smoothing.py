@@ -19,12 +19,15 @@ from .folder import GRAPH_FILE
 from .packages import package
 
 
+# SmoothQuant's α. By the answers to 1,500 training rows each of SST-2 and MRPC 0.65 and 0.8 do equally well, 0.5 worse.
+_ALPHA = 0.7
+
+
 def smooth(model: Any, products: Sequence[Any], example: Mapping[str, numpy.ndarray]) -> None:
     """Rewrites products of a graph, in place; it computes the same up to rounding.
 
-    Each channel that becomes larger than the median one, in the example, is divided by the square root of their
-    ratio (equation 4 with α = 1/2, without the weights' part). None is made larger: a task's biases may bring values
-    that the example does not show.
+    Each channel that becomes larger than the median one, in the example, is divided by a power of their ratio (equation
+    4 without the weights' part). None is made larger: a task's biases may bring values that the example does not show.
 
     Args:
         model (`onnx.ModelProto`): With its weights.
@@ -59,7 +62,7 @@ def _scale(largest: numpy.ndarray) -> numpy.ndarray:
     median = float(numpy.median(largest))
     if median <= 0:
         return numpy.ones_like(largest)
-    return numpy.sqrt(numpy.maximum(largest / median, 1)).astype(numpy.float32)
+    return (numpy.maximum(largest / median, 1) ** _ALPHA).astype(numpy.float32)
 
 
 def _insert(graph: Any, sharing: Mapping[str, Sequence[Any]]) -> None:
