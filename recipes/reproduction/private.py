@@ -190,8 +190,8 @@ How much privacy costs depends on how little is computed: a run here sees a few 
 where published runs of this method see some hundred thousand. MPNet, whose features tell the sentences of SST-2 apart
 from the start, loses nothing there that two runs could show, though the run without privacy, with the stock head and a
 rate of 1e-3, is not the best that can be had (0.92 in `rates_by_term.jsonl` beside, by more and smaller updates).
-MiniLM loses about ten points on SST-2 and fifteen on parts of speech with ε = 8, and more with ε = 3; MPNet loses half of
-its accuracy on parts of speech, with settings that were hardly tried.
+MiniLM loses about ten points on SST-2 and fifteen on parts of speech with ε = 8, and more with ε = 3; MPNet loses half
+of its accuracy on parts of speech, with settings that were hardly tried.
 
 The settings were found by hand: on seed 0 of SST-2 on MiniLM with ε = 8, by its training loss and its validation rows,
 then taken to SST-2 on MPNet after one run there with smaller rates had failed (below) and the training loss of

@@ -18,16 +18,16 @@ import numpy
 from .folder import GRAPH_FILE
 from .packages import package
 
-
-# SmoothQuant's α. By the answers to 1,500 training rows each of SST-2 and MRPC 0.65 and 0.8 do equally well, 0.5 worse.
+# SmoothQuant's α. By the answers to 1,500 training rows each of SST-2 and MRPC 0.65 and 0.8 do as well, 0.5 does worse.
 _ALPHA = 0.7
 
 
 def smooth(model: Any, products: Sequence[Any], example: Mapping[str, numpy.ndarray]) -> None:
     """Rewrites products of a graph, in place; it computes the same up to rounding.
 
-    Each channel that becomes larger than the median one, in the example, is divided by a power of their ratio (equation
-    4 without the weights' part). None is made larger: a task's biases may bring values that the example does not show.
+    Each channel that becomes larger than the median one, in the example, is divided by a power of their ratio
+    (equation 4 without the weights' part). None is made larger: a task's biases may bring values that the example does
+    not show.
 
     Args:
         model (`onnx.ModelProto`): With its weights.
