@@ -18,7 +18,7 @@ import numpy
 from .folder import GRAPH_FILE
 from .packages import package
 
-# SmoothQuant's α. On 1,500 training rows each of SST-2 and MRPC, answers with 0.65 and 0.8 are as good, with 0.5 worse.
+# SmoothQuant's α. On training rows of SST-2 and MRPC, answers with 0.65 and 0.8 are as good, with 0.5 worse.
 _ALPHA = 0.7
 
 
