@@ -41,7 +41,6 @@ def smooth(model: Any, products: Sequence[Any], example: Mapping[str, numpy.ndar
         sharing[node.input[0]].append(node)
     largest = _largest(model, list(sharing), example)
     weights = {one.name: one for one in graph.initializer}
-    # Before their first use: a graph's nodes stand in the order in which they can be computed.
     for name, nodes in sharing.items():
         scale = _scale(largest[name])
         smoothed = f"{name}_smooth"
@@ -74,6 +73,7 @@ def _insert(graph: Any, sharing: Mapping[str, Sequence[Any]]) -> None:
         name = readers.get(node.name)
         if name is not None:
             smoothed = f"{name}_smooth"
+            # Before their first reader: a graph's nodes stand in the order in which they can be computed.
             if name not in divided:
                 divided.add(name)
                 ordered.append(make("Mul", [name, f"{smoothed}_factor"], [smoothed], name=smoothed))
