@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -302,6 +303,20 @@ def test_tensors_are_read_into_aligned_memory_of_their_own(tmp_path):
     found = read_tensors(tmp_path / "x.safetensors")
     assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
     assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 3
+
+
+def test_reading_leaves_nothing_behind(tmp_path):
+    """A server reads deltas as long as it runs."""
+    save_file({f"t{number}": torch.ones(2) for number in range(50)}, tmp_path / "x.safetensors")
+
+    def left_behind(times: int) -> int:
+        before = sys.getallocatedblocks()
+        for _ in range(times):
+            read_tensors(tmp_path / "x.safetensors")
+        return sys.getallocatedblocks() - before
+
+    left_behind(3)
+    assert left_behind(20) < 200  # two for each tensor would be 2,000
 
 
 def test_check_values_names_all_problems_at_once():
