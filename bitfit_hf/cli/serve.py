@@ -115,7 +115,7 @@ def serve(
     with quiet():
         from ..serving import Settings
         from ..serving.run import listen, serve
-        from ..serving.start import load_engine
+        from ..serving.start import load_engine, settle
 
         settings = Settings(
             base=base,
@@ -145,6 +145,7 @@ def serve(
         )
         listening = listen(host, port)
         server, problems = load_engine(settings)
+        settle()
     for problem in problems:
         typer.echo(f"bitfit: warning: left out: {printable(problem)}", err=True)
     address, bound = listening.getsockname()[:2]

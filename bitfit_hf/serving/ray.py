@@ -28,7 +28,7 @@ except ImportError as error:
 from .app import create_app
 from .settings import Settings
 from .shared import Entry, Failure, SharedEngine, TaskLog
-from .start import first_tasks, load_bank, load_pooling
+from .start import first_tasks, load_bank, load_pooling, settle
 
 # What Ray Serve has settings of its own for.
 _OF_RAY = ("host", "port")
@@ -56,6 +56,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         engine = SharedEngine(
             load_bank(settings), settings, first=first, log=_RemoteLog, pooling=load_pooling(settings)
         )
+        settle()
         return create_app(engine)
 
     @serve.ingress(build)

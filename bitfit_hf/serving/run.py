@@ -56,6 +56,9 @@ def serve(engine: Engine, listening: socket.socket, *, ready: Callable[[], None]
         access_log=False,
         server_header=False,
         backlog=2048,
+        # Longer than the minute after which most proxies let go of a connection: whoever closes it should be the side
+        # that sends. uvicorn's 5 s end in a request now and then that meets a closed connection.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=engine.settings.drain_seconds,
     )
     # uvicorn raises the signal that ended it once more when all is done; by then it has been obeyed.

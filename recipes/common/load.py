@@ -44,7 +44,7 @@ class Client:
             `OSError`: The server does not answer.
         """
         data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self.host, self.port)
+        reader, writer = await self._connection()
         try:
             writer.write(f"{method} {path} HTTP/1.1\r\n{self._head}{len(data)}\r\n\r\n".encode() + data)
             head = await reader.readuntil(b"\r\n\r\n")
@@ -62,6 +62,14 @@ class Client:
             raise
         self._idle.append((reader, writer))
         return int(head[9:12]), answer
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()  # the server has closed what nobody used for a while
+        return await asyncio.open_connection(self.host, self.port)
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import re
@@ -19,7 +20,9 @@ from typing import Any
 import httpx
 import pytest
 from serving_tester import ADMIN, ANSWERING, Expected, client_of, close, make_engine, served, text_for
+from typer.testing import CliRunner
 
+from bitfit_hf.cli import app as command_line
 from bitfit_hf.serving.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,6 +183,24 @@ def test_more_tasks_than_memory(world, expected):
             assert "bitfit_resident_tasks 2.0" in (await client.get("/metrics")).text
 
     asyncio.run(main())
+
+
+def test_a_server_does_not_stop_to_look_through_what_it_has_loaded(world, monkeypatch):
+    """A full garbage collection in the middle of the requests would take longer than some batches."""
+    seen = []
+
+    def serve(engine, listening, *, ready):
+        listening.close()
+        seen.append((engine.bank, any(one is engine.bank for one in gc.get_objects())))
+
+    monkeypatch.setattr("bitfit_hf.serving.run.serve", serve)
+    result = CliRunner().invoke(
+        command_line, ["serve", str(world / "base"), "--tasks-dir", str(world / "tasks"), "--port", "0"]
+    )
+    assert result.exit_code == 0, result.output
+    ((bank, collected),) = seen
+    assert gc.is_tracked(bank)
+    assert not collected
 
 
 @pytest.mark.slow

@@ -114,6 +114,20 @@ def test_a_wrong_answer_and_a_lost_request_are_counted(study_base, task_dir):
     assert nobody.throughput == 0
 
 
+def test_a_connection_that_the_server_has_let_go_of_is_not_used_again():
+    async def answer_once(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    async def main() -> Outcome:
+        async with await asyncio.start_server(answer_once, "127.0.0.1") as server:
+            client = Client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            return await open_loop(client, "/", [b""] * 3, rate=20)
+
+    assert asyncio.run(main()).statuses == {200: 3}
+
+
 def test_scores_are_compared():
     answer = [{"label": "a", "score": 0.7}, {"label": "b", "score": 0.3}]
     assert serve_many_tasks.same(answer, {"b": 0.3, "a": 0.70001})
