@@ -7,11 +7,12 @@ Every request is one text for a random task. Compared are
 - `merged`: a server for each task, with a merged model, each a process with one thread for it (`http_peers.py`);
 - `ray`: our application on Ray Serve, one replica; `multiplexed`: all merged models in one replica of Ray Serve.
 
-First all that can be, with 32 clients that each wait for their answer, round after round and the systems in turn: the
-ratio of two systems in a round cancels what the machine did in it. Then an open loop: requests arrive as a Poisson
-process with a share of what `bitfit` can do, and a latency counts from when a request was due. All of it, the load
-generator too, runs on the same cores; what the generator takes of them is in the record. A server that has nothing to
-do takes nothing, but Ray does: its systems are measured among themselves, beside `bitfit` again.
+A round begins with all that can be, with 32 clients that each wait for their answer, the systems in turn. Then follows
+an open loop: requests arrive as a Poisson process with a share of what `bitfit` could do in this round, and a latency
+counts from when a request was due. What is compared was measured in the same round, which cancels what the machine did
+in it. All of it, the load generator too, runs on the same cores; what the generator takes of them is in the record. A
+server that has nothing to do takes nothing, but Ray does: its systems are measured among themselves, beside `bitfit`
+again.
 
     python recipes/benchmarks/http_serving.py
     python recipes/benchmarks/http_serving.py --tasks 2 --requests 100 --rounds 1 --shares 0.5 --systems bitfit merged
@@ -28,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -65,7 +67,7 @@ class Arguments:
     tasks: int = field(default=8, metadata={"help": "Tasks; `merged` takes a process and its memory for each."})
     words: int = field(default=14, metadata={"help": "In a text; MiniLM makes about as many tokens and two of it."})
     requests: int = field(default=2000, metadata={"help": "In each measurement."})
-    rounds: int = field(default=5, metadata={"help": "Of the closed loop."})
+    rounds: int = field(default=5, metadata={"help": "How often all of it is measured."})
     clients: int = field(default=32, metadata={"help": "Of the closed loop."})
     shares: list[float] = field(
         default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 0.9], metadata={"help": "Of what `bitfit` can do, arriving."}
@@ -209,16 +211,23 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
         gc.freeze()  # `late_p99` is of the load generator, not of a collection that halts it
         rounds: list[dict[str, float]] = []
         generator: dict[str, float] = {}
+        loads: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
         for number in range(args.rounds):
+            turns = systems if number % 2 else systems[::-1]
             one = {"bank": args.requests / world.bank_seconds()}
-            for system in systems if number % 2 else systems[::-1]:
+            for system in turns:
                 outcome = closed(system, world)
                 one[system.name] = outcome.throughput
                 generator[system.name] = outcome.figures()["generator_seconds_per_request"]
             rounds.append(one)
             console.print({name: round(value, 1) for name, value in one.items()})
-        most = statistics.median(one["bitfit"] for one in rounds)
-        batch = BATCH / statistics.median(one["bank"] for one in rounds)
+            for share in args.shares:
+                for system in turns:
+                    rate = share * one["bitfit"]
+                    figures = opened(system, world, rate).figures()
+                    figures |= {"rate": rate, "p99_in_batches": figures["p99"] * one["bank"] / BATCH}
+                    loads[share, system.name].append(figures)
+                    console.print(f"{system.name} {share:.1f}: p50 {figures['p50']:.3f} s, p99 {figures['p99']:.3f} s")
         saturated = {
             name: {
                 "throughput": statistics.median(one[name] for one in rounds),
@@ -228,19 +237,29 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
             }
             for name in rounds[0]
         }
-        points = []
-        for share in args.shares:
-            for system in systems:
-                figures = opened(system, world, share * most).figures()
-                points.append({"system": system.name, "share": share, "rate": share * most, **figures})
-                console.print(f"{system.name} {share:.1f}: p50 {figures['p50']:.3f} s, p99 {figures['p99']:.3f} s")
+        points = [
+            {"system": system.name, "share": share} | over_rounds(loads[share, system.name])
+            for share in args.shares
+            for system in systems
+        ]
         return {
             "systems": list(names),
             "saturated": saturated,
-            "batch_seconds": batch,
+            "batch_seconds": BATCH / saturated["bank"]["throughput"],
             "open_loop": points,
             "memory": {system.name: system.memory for system in systems},
         }
+
+
+def over_rounds(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An open loop as the median of its rounds; `p99_in_batches` with its quartiles, and statuses in all."""
+    row: dict[str, Any] = {
+        name: statistics.median(one[name] for one in figures)
+        for name in ("rate", "throughput", "p50", "p99", "late_p99", "generator_seconds_per_request")
+    }
+    row["p99_in_batches"] = quartiles([one["p99_in_batches"] for one in figures])
+    row["statuses"] = dict(sum((Counter(one["statuses"]) for one in figures), Counter()))
+    return row
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -271,7 +290,7 @@ def show(record: dict[str, Any], console: Console) -> None:
                 f"{row['throughput']:.0f}",
                 f"{1000 * row['p50']:.0f}",
                 f"{1000 * row['p99']:.0f}",
-                f"{row['p99'] / one['batch_seconds']:.1f}",
+                f"{row['p99_in_batches']['median']:.1f}",
                 f"{1000 * row['late_p99']:.1f}",
             )
         console.print(table)
