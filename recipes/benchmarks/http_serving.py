@@ -10,9 +10,9 @@ Every request is one text for a random task. Compared are
 A round begins with all that can be, with 32 clients that each wait for their answer, the systems in turn. Then follows
 an open loop: requests arrive as a Poisson process with a share of what `bitfit` could do in this round, and a latency
 counts from when a request was due. What is compared was measured in the same round, which cancels what the machine did
-in it. All of it, the load generator too, runs on the same cores; what the generator takes of them is in the record. A
-server that has nothing to do takes nothing, but Ray does: its systems are measured among themselves, beside `bitfit`
-again.
+in it. A system that falls behind a load is not given a larger one. All of it, the load generator too, runs on the same
+cores; what the generator takes of them is in the record. A server that has nothing to do takes nothing, but Ray does:
+its systems are measured among themselves, beside `bitfit` again.
 
     python recipes/benchmarks/http_serving.py
     python recipes/benchmarks/http_serving.py --tasks 2 --requests 100 --rounds 1 --shares 0.5 --systems bitfit merged
@@ -58,6 +58,7 @@ PEERS = str(Path(__file__).with_name("http_peers.py"))
 PLAIN, ON_RAY = ("bitfit", "merged"), ("bitfit", "ray", "multiplexed")
 WORDS = "the a movie was not bad at all and i would see it again please cancel my order number for tomorrow".split()
 BATCH = 32
+_KEPT_UP = 0.9  # of what arrives is answered while it arrives
 
 
 @dataclass
@@ -221,12 +222,17 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
                 generator[system.name] = outcome.figures()["generator_seconds_per_request"]
             rounds.append(one)
             console.print({name: round(value, 1) for name, value in one.items()})
-            for share in args.shares:
+            behind: set[str] = set()  # of the load before; with a larger one they would only be further behind
+            for share in sorted(args.shares):
                 for system in turns:
+                    if system.name in behind:
+                        continue
                     rate = share * one["bitfit"]
                     figures = opened(system, world, rate).figures()
                     figures |= {"rate": rate, "p99_in_batches": figures["p99"] * one["bank"] / BATCH}
                     loads[share, system.name].append(figures)
+                    if figures["throughput"] < _KEPT_UP * rate:
+                        behind.add(system.name)
                     console.print(f"{system.name} {share:.1f}: p50 {figures['p50']:.3f} s, p99 {figures['p99']:.3f} s")
         saturated = {
             name: {
@@ -239,8 +245,9 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
         }
         points = [
             {"system": system.name, "share": share} | over_rounds(loads[share, system.name])
-            for share in args.shares
+            for share in sorted(args.shares)
             for system in systems
+            if loads[share, system.name]
         ]
         return {
             "systems": list(names),
