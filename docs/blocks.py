@@ -49,11 +49,14 @@ def page_files(folder: Path) -> list[Path]:
 
 def blocks_of(path: Path, folder: Path) -> list[Block]:
     """The fenced blocks of a page that name a language, in order."""
-    tokens = MarkdownIt("commonmark").parse(path.read_text(encoding="utf-8"))
-    page = path.relative_to(folder).as_posix()
+    return fenced(path.read_text(encoding="utf-8"), path.relative_to(folder).as_posix())
+
+
+def fenced(text: str, page: str) -> list[Block]:
+    """The fenced blocks of a text in Markdown that name a language, in order."""
     return [
         Block(page, token.map[0] + 2, token.info.split()[0], token.content)
-        for token in tokens
+        for token in MarkdownIt("commonmark").parse(text)
         if token.type == "fence" and token.map and token.info.split()
     ]
 

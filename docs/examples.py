@@ -17,13 +17,14 @@ import os
 import re
 import sys
 import tempfile
-import textwrap
 import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blocks import PYTHON, fenced
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_RUN = {
@@ -57,10 +58,11 @@ def examples(folder: Path = ROOT / "bitfit_hf") -> list[Example]:
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                parts = (ast.get_docstring(node) or "").split("```python\n")[1:]
-                code = textwrap.dedent("".join(part.partition("```")[0] for part in parts))
+                file = path.relative_to(folder.parent).as_posix()
+                blocks = fenced(ast.get_docstring(node) or "", file)
+                code = "".join(block.code for block in blocks if block.language in PYTHON)
                 if code:
-                    found.append(Example(node.name, path.relative_to(folder.parent).as_posix(), node.lineno, code))
+                    found.append(Example(node.name, file, node.lineno, code))
     return found
 
 

@@ -97,10 +97,11 @@ def head_modules(
         ConfigError: If an argument has the wrong type.
 
     Example:
-        ```python
-        >>> head_modules(AutoModelForSequenceClassification.from_config(DistilBertConfig()))
-        ['pre_classifier', 'classifier']
-        ```
+
+    ```python
+    >>> head_modules(AutoModelForSequenceClassification.from_config(DistilBertConfig()))
+    ['pre_classifier', 'classifier']
+    ```
     """
     task = _check_task_type(task_type)
     entries = _check_modules_to_save(modules_to_save)

@@ -44,11 +44,12 @@ def find_biases(
             class for which [`head_modules`] has no rule, only modules that an adapter saves count as head.
 
     Example:
-        ```python
-        >>> biases = find_biases(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
-        >>> sum(bias.num_parameters for bias in biases)
-        102912
-        ```
+
+    ```python
+    >>> biases = find_biases(BertForSequenceClassification.from_pretrained("bert-base-uncased"))
+    >>> sum(bias.num_parameters for bias in biases)
+    102912
+    ```
     """
     survey = survey_model(model)
     return [
@@ -69,10 +70,11 @@ def unknown_vectors(model: nn.Module) -> list[str]:
             router's `expert_bias`, BEiT's `lambda_1`, ...
 
     Example:
-        ```python
-        >>> unknown_vectors(MambaModel(MambaConfig(num_hidden_layers=1)))
-        ['layers.0.mixer.D']
-        ```
+
+    ```python
+    >>> unknown_vectors(MambaModel(MambaConfig(num_hidden_layers=1)))
+    ['layers.0.mixer.D']
+    ```
     """
     survey = survey_model(model)
     head = _known_head(survey)
@@ -119,11 +121,12 @@ def select_biases(
         ConfigError: If an argument has the wrong type.
 
     Example:
-        ```python
-        >>> biases = select_biases(BertModel(BertConfig()), bias_terms="query+intermediate")
-        >>> sum(bias.num_parameters for bias in biases)
-        46080
-        ```
+
+    ```python
+    >>> biases = select_biases(BertModel(BertConfig()), bias_terms="query+intermediate")
+    >>> sum(bias.num_parameters for bias in biases)
+    46080
+    ```
     """
     terms = resolve_terms(bias_terms)
     targets = _check_names(target_modules, "target_modules")

@@ -68,12 +68,13 @@ def resolve_terms(bias_terms: str | Sequence[str]) -> tuple[str, ...]:
         ConfigError: If `bias_terms` is empty or not made of strings.
 
     Example:
-        ```python
-        >>> resolve_terms("query+intermediate")
-        ('query', 'intermediate')
-        >>> resolve_terms(["b_m2", "b_q"])
-        ('query', 'intermediate')
-        ```
+
+    ```python
+    >>> resolve_terms("query+intermediate")
+    ('query', 'intermediate')
+    >>> resolve_terms(["b_m2", "b_q"])
+    ('query', 'intermediate')
+    ```
     """
     chosen: set[str] = set()
     unknown: list[str] = []

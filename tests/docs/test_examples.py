@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import pytest
+from docs_scripts import DOCS, examples
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-spec = importlib.util.spec_from_file_location("docs_examples", DOCS / "examples.py")
-examples = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = examples
-spec.loader.exec_module(examples)
 FOUND = {example.name: example for example in examples.examples()}
 
 

@@ -5,37 +5,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import typer.main
+from docs_scripts import DOCS, blocks
 
 import bitfit_hf
 from bitfit_hf.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-
-
-def script(path: Path) -> ModuleType:
-    """A script of `docs/` as a module."""
-    spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-blocks = script(DOCS / "blocks.py")
 PAGES = sorted(
     path for path in DOCS.rglob("*.md") if not {*path.relative_to(DOCS).parts} & {"_build", "upstream", "outputs"}
 )
