@@ -130,13 +130,14 @@ class TrainingRun:
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON can hold them: without what is not known, and without NaN and Inf."""
         values = {
-            name: {k: v for k, v in value.items() if _is_known(v)} if isinstance(value, dict) else value
+            name: {k: v for k, v in value.items() if is_known(v)} if isinstance(value, dict) else value
             for name, value in asdict(self).items()
         }
-        return {name: value for name, value in values.items() if _is_known(value) and value != {}}
+        return {name: value for name, value in values.items() if is_known(value) and value != {}}
 
 
-def _is_known(value: Any) -> bool:
+def is_known(value: Any) -> bool:
+    """Whether a fact is there, and a number that JSON can hold."""
     return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 

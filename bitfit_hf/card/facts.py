@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from typing import Any
 
 from ..config import BitFitConfig
 from ..terms import TERMS
 from ..terms.tasks import Task, task_named
-from ..training_run import TrainingRun
+from ..training_run import TrainingRun, is_known
 from .text import code_text, number_text, value_text
 
 # A card names so many labels or modules one by one.
@@ -94,10 +93,6 @@ def _words(name: str, value: Any) -> str:
     if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
         return "warm-up, share of the updates"  # as the Trainer reads a number below one
     return _WORDS.get(name, name)
-
-
-def is_known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def is_metric(name: str, value: Any) -> bool:

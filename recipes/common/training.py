@@ -223,7 +223,7 @@ def training_arguments(args: StudyArguments, *, accumulation: int = 1, **changes
     if args.batch_size % (processes * accumulation):
         parts = f"{processes} processes" + (f" and {accumulation} parts" if accumulation > 1 else "")
         raise SystemExit(f"--batch_size {args.batch_size} cannot be split over {parts}.")
-    use_cpu = args.use_cpu or not _accelerator()
+    use_cpu = args.use_cpu or not torch.accelerator.is_available()
     values = {
         "output_dir": args.output_dir,
         "learning_rate": args.learning_rate,
@@ -269,12 +269,6 @@ def chosen_method(args: StudyArguments) -> Method:
         return make_method(args.method, seed=args.seed, **args.options_of_method())
     except (TypeError, ValueError) as error:
         raise SystemExit(f"--method {args.method}: {error}") from None
-
-
-def _accelerator() -> bool:
-    if hasattr(torch, "accelerator"):  # since torch 2.6
-        return torch.accelerator.is_available()
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
 def train(

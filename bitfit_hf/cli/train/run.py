@@ -340,9 +340,7 @@ def accelerator() -> bool:
     """Whether there is another device than the CPU. Without one a Trainer has to be told to use the CPU."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return False
-    if hasattr(torch, "accelerator"):  # since torch 2.6
-        return torch.accelerator.is_available()
-    return torch.cuda.is_available() or torch.backends.mps.is_available()
+    return torch.accelerator.is_available()
 
 
 def default_precision() -> str:
