@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -51,7 +51,7 @@ from transformers.utils import logging
 
 from benchmarks.records import circumstances, write_record
 from benchmarks.serving import TASK, random_delta
-from benchmarks.timing import quartiles
+from benchmarks.timing import quartiles, ratios
 from bitfit_hf import BiasDelta, TaskBank
 
 PEERS = str(Path(__file__).with_name("http_peers.py"))
@@ -200,9 +200,23 @@ def _answered(system: System, outcome: Outcome) -> Outcome:
     return outcome
 
 
+@dataclass
+class Round:
+    """What one round has found.
+
+    Args:
+        throughput (`dict[str, float]`): Of each system with 32 clients, and of the bank; answers in a second.
+        generator (`dict[str, float]`): Seconds of a processor that the load generator took for a request to each.
+        loads (`dict[tuple[float, str], dict[str, Any]]`): Figures of an open loop, by share and system.
+    """
+
+    throughput: dict[str, float]
+    generator: dict[str, float] = field(default_factory=dict)
+    loads: dict[tuple[float, str], dict[str, Any]] = field(default_factory=dict)
+
+
 def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any]:
     """Measures systems that run at the same time."""
-    args = world.args
     with ExitStack() as stack:
         systems = [stack.enter_context(started(name, world)) for name in names]
         for system in systems:
@@ -210,55 +224,60 @@ def group(names: Sequence[str], world: World, console: Console) -> dict[str, Any
         world.bank_seconds()
         gc.collect()
         gc.freeze()  # `late_p99` is of the load generator, not of a collection that halts it
-        rounds: list[dict[str, float]] = []
-        generator: dict[str, float] = {}
-        loads: dict[tuple[float, str], list[dict[str, Any]]] = defaultdict(list)
-        for number in range(args.rounds):
-            turns = systems if number % 2 else systems[::-1]
-            one = {"bank": args.requests / world.bank_seconds()}
-            for system in turns:
-                outcome = closed(system, world)
-                one[system.name] = outcome.throughput
-                generator[system.name] = outcome.figures()["generator_seconds_per_request"]
-            rounds.append(one)
-            console.print({name: round(value, 1) for name, value in one.items()})
-            behind: set[str] = set()  # of the load before; with a larger one they would only be further behind
-            for share in sorted(args.shares):
-                for system in turns:
-                    if system.name in behind:
-                        continue
-                    rate = share * one["bitfit"]
-                    figures = opened(system, world, rate).figures()
-                    figures |= {"rate": rate, "p99_in_batches": figures["p99"] * one["bank"] / BATCH}
-                    loads[share, system.name].append(figures)
-                    if figures["throughput"] < _KEPT_UP * rate:
-                        behind.add(system.name)
-                    console.print(f"{system.name} {share:.1f}: p50 {figures['p50']:.3f} s, p99 {figures['p99']:.3f} s")
-        saturated = {
-            name: {
-                "throughput": statistics.median(one[name] for one in rounds),
-                "of_bank": quartiles([one[name] / one["bank"] for one in rounds]),
-                "bitfit_is_faster_by": quartiles([one["bitfit"] / one[name] for one in rounds]),
-                "generator_seconds_per_request": generator.get(name, 0.0),
-            }
-            for name in rounds[0]
-        }
-        points = [
-            {"system": system.name, "share": share} | over_rounds(loads[share, system.name])
-            for share in sorted(args.shares)
-            for system in systems
-            if loads[share, system.name]
+        rounds = [
+            one_round(systems if number % 2 else systems[::-1], world, console) for number in range(world.args.rounds)
         ]
-        return {
-            "systems": list(names),
-            "saturated": saturated,
-            "batch_seconds": BATCH / saturated["bank"]["throughput"],
-            "open_loop": points,
-            "memory": {system.name: system.memory for system in systems},
-        }
+        memory = {system.name: system.memory for system in systems}
+    saturated = {name: most_of(name, rounds) for name in rounds[0].throughput}
+    return {
+        "systems": list(names),
+        "saturated": saturated,
+        "batch_seconds": BATCH / saturated["bank"]["throughput"],
+        "open_loop": [
+            {"system": name, "share": share} | load_of(found)
+            for share in sorted(world.args.shares)
+            for name in names
+            if (found := [one.loads[share, name] for one in rounds if (share, name) in one.loads])
+        ],
+        "memory": memory,
+    }
 
 
-def over_rounds(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def one_round(systems: Sequence[System], world: World, console: Console) -> Round:
+    """The bank and each system with all that can be, then each with each load."""
+    found = Round({"bank": world.args.requests / world.bank_seconds()})
+    for system in systems:
+        outcome = closed(system, world)
+        found.throughput[system.name] = outcome.throughput
+        found.generator[system.name] = outcome.figures()["generator_seconds_per_request"]
+    console.print({name: round(value, 1) for name, value in found.throughput.items()})
+    behind: set[str] = set()  # of the load before; with a larger one they would only be further behind
+    for share in sorted(world.args.shares):
+        for system in systems:
+            if system.name in behind:
+                continue
+            rate = share * found.throughput["bitfit"]
+            figures = opened(system, world, rate).figures()
+            figures |= {"rate": rate, "p99_in_batches": figures["p99"] * found.throughput["bank"] / BATCH}
+            found.loads[share, system.name] = figures
+            if figures["throughput"] < _KEPT_UP * rate:
+                behind.add(system.name)
+            console.print(f"{system.name} {share:.1f}: p50 {figures['p50']:.3f} s, p99 {figures['p99']:.3f} s")
+    return found
+
+
+def most_of(name: str, rounds: Sequence[Round]) -> dict[str, Any]:
+    """All that a system can do: the medians of the rounds, ratios with their quartiles."""
+    own = [one.throughput[name] for one in rounds]
+    return {
+        "throughput": statistics.median(own),
+        "of_bank": ratios(own, [one.throughput["bank"] for one in rounds]),
+        "bitfit_is_faster_by": ratios([one.throughput["bitfit"] for one in rounds], own),
+        "generator_seconds_per_request": statistics.median(one.generator.get(name, 0.0) for one in rounds),
+    }
+
+
+def load_of(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """An open loop as the median of its rounds; `p99_in_batches` with its quartiles, and statuses in all."""
     row: dict[str, Any] = {
         name: statistics.median(one[name] for one in figures)
