@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from docs_scripts import DOCS, blocks
+from docs_scripts import DOCS, blocks, python_of
 
 import bitfit_hf
 from bitfit_hf.cli import app
@@ -31,7 +31,7 @@ def code_of(path: Path) -> list[str]:
     """The Python of a page: blocks of a page, cells of a notebook without their shell lines."""
     text = path.read_text(encoding="utf-8")
     cells = [re.sub(r"^!.*$", "", match[2], flags=re.MULTILINE) for match in CELL.finditer(text)]
-    return cells + [block.code for block in blocks.blocks_of(path, ROOT) if block.language in blocks.PYTHON]
+    return cells + python_of(text)
 
 
 def shell_lines(path: Path) -> list[str]:

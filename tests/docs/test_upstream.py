@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from docs_scripts import DOCS, python_of, script
 from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoModel,
@@ -19,7 +18,7 @@ from transformers import (
 
 from bitfit_hf import BitFitConfig, push_to_hub
 
-UPSTREAM = Path(__file__).resolve().parents[2] / "docs" / "upstream"
+UPSTREAM = DOCS / "upstream"
 BASE, DELTA = "user/tiny-base", "user/minilm-mood"
 LABELS = {0: "bad", 1: "good"}
 
@@ -50,7 +49,7 @@ def scores(model, *texts):
 def test_the_hubs_snippets_run(pushed):
     page = (UPSTREAM / "huggingface_js" / "README.md").read_text(encoding="utf-8")
     page = page.replace("sentence-transformers/all-MiniLM-L6-v2", BASE)
-    first, second = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    first, second = python_of(page)
     names: dict[str, object] = {}
     exec(first, names)  # our own file
     answer = names["pipe"]("A text.")[0]
@@ -73,15 +72,13 @@ def test_the_typescript_prints_what_the_page_shows():
         assert place in source
         source = source.replace(place, value)
     printed = re.findall(r"snippets\.push\(`(.*?)`\);", source, re.S)
-    assert [f"{text}\n" for text in printed] == re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert [f"{text}\n" for text in printed] == python_of(page)
 
 
 def test_an_endpoint_answers_for_its_delta_and_for_others(pushed, hub_env, tmp_path, monkeypatch):
     from huggingface_hub import snapshot_download
 
-    spec = importlib.util.spec_from_file_location("handler", UPSTREAM / "inference_endpoints" / "handler.py")
-    handler = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(handler)
+    handler = script("upstream/inference_endpoints/handler")
     monkeypatch.setenv("BITFIT_TASKS", f"other={DELTA}")
     endpoint = handler.EndpointHandler(snapshot_download(DELTA))
 

@@ -10,9 +10,10 @@ from types import ModuleType
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def script(name: str) -> ModuleType:
-    """The script `docs/{name}.py`. By its path: a folder on the search path would hide the package `build`."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+def script(place: str) -> ModuleType:
+    """The script `docs/{place}.py`. By its path: a folder on the search path would hide the package `build`."""
+    name = Path(place).name
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{place}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -23,3 +24,8 @@ def script(name: str) -> ModuleType:
 
 blocks = script("blocks")  # `examples` uses it
 examples = script("examples")
+
+
+def python_of(text: str) -> list[str]:
+    """The Python blocks of a text in Markdown."""
+    return [block.code for block in blocks.fenced(text, "") if block.language in blocks.PYTHON]

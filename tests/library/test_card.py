@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from architectures import ARCHITECTURES, LABELS, build
+from docs_scripts import python_of
 from hub_metadata import validate_card
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model
@@ -690,7 +691,7 @@ def test_code_in_the_card_loads_the_model(tmp_path):
     folder = tmp_path / "delta"
     BiasDelta.from_model(model).save_pretrained(folder)
     content = write_card(folder, base_model="some/base").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", content, flags=re.DOTALL)
+    blocks = python_of(content)
     assert len(blocks) == 3
     for code in blocks:
         code = re.sub(r"^task = .*$", "", code, flags=re.MULTILINE)  # it takes a tokenizer

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import figures
+from docs_scripts import python_of
 from markdown_it import MarkdownIt
 from peft import get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
@@ -24,7 +25,7 @@ def code_of(name: str) -> list[str]:
     """The Python blocks of a page, with the Hub's names replaced by those of a user who exists here."""
     text = (ROOT / name).read_text(encoding="utf-8")
     text = text.replace('"bert-base-uncased"', '"alice/bert-base-uncased"').replace('"user/', '"alice/')
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return python_of(text)
 
 
 TRAIN, USE = code_of("README.md")
