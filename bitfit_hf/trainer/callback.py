@@ -28,6 +28,7 @@ from .checks import (
     computes_with,
     sharding_engine,
 )
+from .dropout import WithoutDropout
 from .failure import FailureWatch
 from .gradient_checkpointing import let_gradients_through
 from .injection import prepare_model
@@ -74,6 +75,10 @@ class BitFitCallback(TrainerCallback):
         lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
             Multiples of the Trainer's learning rate by bias term, see [`optimizer_groups`]; `"uniform"` is the paper's
             one rate for all terms.
+        dropout (`bool`, *optional*, defaults to `False`):
+            Whether the model's own dropout is in force while `train()` runs. A thousandth of the parameters hardly
+            learns by heart, and dropout all over the frozen layers is noise that it has to learn through: without it
+            fewer steps are enough. The model's configuration stays as it is.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter. Several tasks can be trained on one base, one after the other, under several names.
         recompute_activations (`bool`, *optional*, defaults to `False`):
@@ -113,6 +118,7 @@ class BitFitCallback(TrainerCallback):
         *,
         head_learning_rate: float | None = None,
         lr_scale: LrScale = "default",
+        dropout: bool = False,
         adapter_name: str = "default",
         recompute_activations: bool = False,
         privacy: PrivacyConfig | None = None,
@@ -131,6 +137,7 @@ class BitFitCallback(TrainerCallback):
         term_scale(lr_scale)  # a wrong one is told here, not after the data has been prepared
         self.config = config
         self.lr_scale = lr_scale
+        self.dropout = bool(dropout)
         self.head_learning_rate = None if head_learning_rate is None else float(head_learning_rate)
         self.adapter_name = adapter_name
         self.recompute_activations = recompute_activations
@@ -144,7 +151,7 @@ class BitFitCallback(TrainerCallback):
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._saved_to: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
         self._first_step = False
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: list[RemovableHandle | WithoutDropout] = []
         self._watch = FailureWatch()
         self._changes: TermChanges | None = None
 
@@ -285,7 +292,7 @@ class BitFitCallback(TrainerCallback):
         self._watch.begin(model)
         self._changes = None if sharded else TermChanges(model, self.adapter_name)
         self._remove_hooks()  # of a run that was broken off
-        self._hooks = let_gradients_through(model)
+        self._hooks = [*let_gradients_through(model), *([] if self.dropout else [WithoutDropout(model)])]
         if self.recompute_activations:
             recompute_activations(model)
         if state.is_world_process_zero:
@@ -295,6 +302,7 @@ class BitFitCallback(TrainerCallback):
             train_dataloader,
             head_learning_rate=self.head_learning_rate,
             lr_scale=describe_scale(self.lr_scale, with_head=self.head_learning_rate is None),
+            dropout=self.dropout,
         )
         run.card = dict(self.card)
         adapter_configs(model)[self.adapter_name].run = run

@@ -53,7 +53,8 @@ def by_init(way: str, folder: Path, callback: Any, **values: Any) -> Any:
 @pytest.mark.parametrize("head_rate", [None, HEAD_RATE])
 @pytest.mark.parametrize("way", WAYS)
 def test_it_trains_as_the_model_itself_does(way: str, head_rate: float | None, tmp_path: Path) -> None:
-    trainer = by_init(way, tmp_path / "init", BitFitCallback(head_learning_rate=head_rate), save_steps=4)
+    callback = BitFitCallback(head_learning_rate=head_rate, dropout=True)
+    trainer = by_init(way, tmp_path / "init", callback, save_steps=4)
     for times in (2, 3):  # the second `train` makes the model anew
         trainer.train()
         assert len(trainer.made) == times
@@ -66,7 +67,7 @@ def test_it_trains_as_the_model_itself_does(way: str, head_rate: float | None, t
     assert rates == {"delta": 1e-2, "delta:query+key+value+intermediate": pytest.approx(3e-2), **head}
 
     model = prepared(way, dropout=0.1)
-    alone = trainer_for(model, tmp_path / "alone", BitFitCallback(head_learning_rate=head_rate), save_steps=4)
+    alone = trainer_for(model, tmp_path / "alone", callback, save_steps=4)
     alone.train()
     assert losses(alone) == losses(trainer)
     assert same(tuned(model), tuned(trainer.model))
@@ -75,10 +76,11 @@ def test_it_trains_as_the_model_itself_does(way: str, head_rate: float | None, t
 
 @pytest.mark.parametrize("way", WAYS)
 def test_resume_equals_an_uninterrupted_run(way: str, tmp_path: Path) -> None:
-    whole = by_init(way, tmp_path, BitFitCallback(head_learning_rate=HEAD_RATE), max_steps=6, save_steps=3)
+    callback = BitFitCallback(head_learning_rate=HEAD_RATE, dropout=True)
+    whole = by_init(way, tmp_path, callback, max_steps=6, save_steps=3)
     whole.train()
     shutil.rmtree(tmp_path / "checkpoint-6")
-    resumed = by_init(way, tmp_path, BitFitCallback(head_learning_rate=HEAD_RATE), max_steps=6)
+    resumed = by_init(way, tmp_path, callback, max_steps=6)
     resumed.train(resume_from_checkpoint=True)
     assert len(losses(resumed)) == 6
     assert losses(resumed) == losses(whole)

@@ -175,7 +175,7 @@ def test_both_ways_train_the_same_bit_by_bit(tmp_path: Path) -> None:
     states = {}
     for way in (IN_PLACE, WRAPPED):
         model = prepared(way, dropout=0.1)
-        trainer_for(model, tmp_path, max_steps=5).train()
+        trainer_for(model, tmp_path, BitFitCallback(dropout=True), max_steps=5).train()
         states[way] = BiasDelta.from_model(model)
     assert same_tensors(dict(states[IN_PLACE]), dict(states[WRAPPED]))
     assert same_tensors(states[IN_PLACE].head, states[WRAPPED].head)

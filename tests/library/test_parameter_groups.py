@@ -446,7 +446,8 @@ def test_two_trainers_interleaved_step_by_step(tmp_path: Path) -> None:
 
     def run(folder: str, *callbacks: TrainerCallback, rate: float | None = None) -> dict[str, torch.Tensor]:
         model = fresh(dropout=0.1)
-        trainer_for(model, tmp_path / folder, BitFitCallback(head_learning_rate=rate), *callbacks, max_steps=3).train()
+        callback = BitFitCallback(head_learning_rate=rate, dropout=True)
+        trainer_for(model, tmp_path / folder, callback, *callbacks, max_steps=3).train()
         return tuned(model)
 
     class Inner(TrainerCallback):

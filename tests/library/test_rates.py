@@ -13,8 +13,9 @@ from trainer_tester import WAYS, WRAPPED, Recorder, fresh, prepared, same, train
 from tuner_tester import config_for
 
 from bitfit_hf import BitFitCallback, BitFitConfig, ConfigError, OptimizerError, UnknownTermError, optimizer_groups
+from bitfit_hf.cli.train import settings
 from bitfit_hf.terms import TERMS
-from bitfit_hf.trainer.rates import DEFAULT_SCALE, describe_scale, term_scale
+from bitfit_hf.trainer.rates import DEFAULT_SCALE, LEARNING_RATE, describe_scale, term_scale
 
 RATE = 1e-2
 INSIDE = ("query", "key", "value", "intermediate")
@@ -170,6 +171,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert same(tuned(again.model), tuned(whole.model))
     assert len({group["lr"] for group in again.optimizer.param_groups}) <= 2
+
+
+def test_one_rate_is_recommended():
+    assert settings.LEARNING_RATE == LEARNING_RATE
 
 
 def test_a_run_is_resumed_with_its_rates_only(tmp_path):

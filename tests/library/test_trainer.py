@@ -187,7 +187,7 @@ def test_resume_equals_an_uninterrupted_run(
     # Dropout on, shuffled data, resumed in the middle of an epoch of four steps.
     def run(**values: Any) -> tuple[Any, Any]:
         model = prepared(way, dropout=0.1)
-        callback = BitFitCallback(head_learning_rate=head_rate)
+        callback = BitFitCallback(head_learning_rate=head_rate, dropout=True)
         arguments = {"max_steps": 10, "save_steps": 3, "weight_decay": 0.1, "warmup_steps": 2}
         return model, trainer_for(model, tmp_path / "run", callback, **{**arguments, **values})
 
@@ -479,7 +479,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, way: str, reentrant: 
         trainer = trainer_for(
             model,
             tmp_path,
-            BitFitCallback(config),
+            BitFitCallback(config, dropout=True),
             train=rows(8, name),
             gradient_checkpointing=on,
             gradient_checkpointing_kwargs={"use_reentrant": reentrant} if on else None,

@@ -12,6 +12,7 @@ from reproduction.baselines import make_method
 from reproduction.markdown import Context
 from reproduction.store import RunStore
 
+from bitfit_hf import BitFitCallback
 from bitfit_hf.trainer.rates import DEFAULT_SCALE
 
 METHODS = {"full": [1e-4, 1e-3], "bitfit": [1e-4, 1e-3], "bitfit_default": [1e-3], "lora": [1e-3]}
@@ -112,10 +113,11 @@ def test_runs_without_times_have_no_curve(study):
 
 
 def test_the_default_is_the_library_s():
-    """Nothing is set but the learning rate, and the paper's has one rate for all terms and the head."""
+    """Nothing is set but the learning rate; the paper's has one rate for all terms and the head, and dropout."""
     (ours,), (papers,) = make_method("bitfit_default").callbacks(), make_method("bitfit").callbacks()
-    assert (ours.lr_scale, ours.head_learning_rate) == ("default", None)
-    assert (papers.lr_scale, papers.head_learning_rate) == ("uniform", None)
+    assert (ours.lr_scale, ours.head_learning_rate, ours.dropout) == ("default", None, False)
+    assert (papers.lr_scale, papers.head_learning_rate, papers.dropout) == ("uniform", None, True)
+    assert (BitFitCallback().lr_scale, BitFitCallback().dropout) == ("default", False)
     assert DEFAULT_SCALE
     with pytest.raises(ValueError, match="There is no method 'bitfit_default:query'"):
         make_method("bitfit_default:query")

@@ -139,6 +139,7 @@ class Run:
             self.config,
             head_learning_rate=self.settings.head_learning_rate,
             lr_scale=self.settings.lr_scale,
+            dropout=self.settings.dropout,
             card=self.card,
         )
         trainer, keep = self._trainer(model, "bitfit", "BitFit", [callback], best=True)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, load_delta
+from bitfit_hf.trainer.rates import LEARNING_RATE
 
 from .base import Folder, Method, size_of
 
@@ -28,6 +29,7 @@ class BitFit(Method):
 
     learning_rates = (1e-4, 4e-4, 7e-4, 1e-3)
     lr_scale: ClassVar[str] = "uniform"
+    dropout: ClassVar[bool] = True
 
     def __init__(self, terms: str = "all", *, add_missing_biases: bool = False, seed: int = 0) -> None:
         super().__init__(seed=seed)
@@ -46,7 +48,7 @@ class BitFit(Method):
         return model
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [BitFitCallback(lr_scale=self.lr_scale)]
+        return [BitFitCallback(lr_scale=self.lr_scale, dropout=self.dropout)]
 
     def save(self, model: nn.Module, folder: Folder) -> int:
         BiasDelta.from_model(model).save_pretrained(folder, card=False)
@@ -59,7 +61,7 @@ class BitFit(Method):
 
 class BitFitDefault(BitFit):
     """
-    BitFit as the library does it when nothing is set: all terms, each at its own multiple of the rate.
+    BitFit as the library does it when nothing is set: all terms, each at its own multiple of the rate, no dropout.
 
     There is one rate, and no grid to search: the one that the documentation recommends.
 
@@ -68,8 +70,9 @@ class BitFitDefault(BitFit):
         seed (`int`, *optional*): Unused: the deltas start at zero.
     """
 
-    learning_rates = (1e-3,)
+    learning_rates = (LEARNING_RATE,)
     lr_scale = "default"
+    dropout = False
 
     def __init__(self, *, add_missing_biases: bool = False, seed: int = 0) -> None:
         super().__init__(add_missing_biases=add_missing_biases, seed=seed)
