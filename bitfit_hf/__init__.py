@@ -45,7 +45,7 @@ if TYPE_CHECKING or _completing or not _for_the_command_line():
     from .plot import plot_bias_change
     from .recompute import recompute_activations
     from .storage.fingerprint import base_mismatch
-    from .trainer import BitFitCallback, PrivacyConfig, optimizer_groups
+    from .trainer import BitFitCallback, PrivacyConfig, optimizer_groups, recommended_learning_rate
     from .tuner import BitFitLayer, BitFitModel
     from .tuner.merging import merge_and_unload
     from .tuner.registration import register
@@ -68,6 +68,7 @@ if TYPE_CHECKING or _completing or not _for_the_command_line():
         "optimizer_groups",
         "plot_bias_change",
         "push_to_hub",
+        "recommended_learning_rate",
         "recompute_activations",
     ]
 

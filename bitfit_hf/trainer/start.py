@@ -54,6 +54,6 @@ def warn_of_low_rate(rates: Collection[float], *, warned: list[float]) -> None:
         warned.append(low)
         logger.warning(
             "learning_rate=%g is a rate for full fine-tuning, with which biases hardly move. The BitFit paper "
-            "uses 1e-4 to 1e-3, small models want up to 4e-3. Nothing has been changed.",
+            "uses 1e-4 to 1e-3, and small models stand 2e-3 and more. Nothing has been changed.",
             low,
         )

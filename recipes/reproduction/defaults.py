@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import paper
+from . import aggregate, paper
 from .aggregate import choose, reported, runs_at, summarize
 from .claims import standard_error
 from .figures import COLORS, as_png, new_axes, shared_legend
-from .markdown import Context, document, table
+from .markdown import Context, document, percent, table
 from .plan import Cell
 from .render import details_table, edges, scores_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+ONE_EPOCH_TITLE = "One epoch of BitFit by default against several with one rate for all terms"
 TITLE = "One setting for everything: BitFit by default against the best of a grid"
 STUDY = "defaults"
+ONE_EPOCH = "one_epoch"
 OURS = "bitfit_default"
 NEAR = 0.95  # of full fine-tuning's score
 
@@ -104,6 +106,46 @@ def render_defaults(cells: Sequence[Cell], context: Context) -> dict[str, bytes]
         body = [f"![Score by processor time of training]({STUDY}.png)", "", *body]
     files[f"{STUDY}.md"] = document(TITLE, context, STUDY, cells, body).encode()
     return files
+
+
+def render_one_epoch(cells: Sequence[Cell], context: Context) -> str:
+    """What the default reaches when it is given one epoch, against what one rate for all terms reaches in several.
+
+    A task of the default is compared with the task of [`reproduction.baselines.BitFit`] that has the same columns.
+
+    Args:
+        cells (`Sequence[Cell]`): Of both.
+        context ([`Context`]): Runs and configuration.
+
+    Returns:
+        `str`: Markdown.
+    """
+    rows = [["model", "task", "BitFit at", "epochs", "score", "n", "by default", "epochs", "score", "n", "difference"]]
+    for ours in (cell for cell in cells if cell.method.name == OURS):
+        short = summarize(ours, context.store, which=context.score)
+        for theirs in cells:
+            if theirs.method.name == OURS or (theirs.model, theirs.task.columns) != (ours.model, ours.task.columns):
+                continue
+            for rate in theirs.learning_rates:
+                metric = reported(theirs.task, theirs.task.metric)
+                long = [
+                    aggregate.score(stored, metric, context.score) for stored in runs_at(theirs, context.store, rate)
+                ]
+                if not long or not short.values:
+                    continue
+                difference, error = np.mean(short.values) - np.mean(long), standard_error(short.values, long)
+                rows.append(
+                    [
+                        ours.model.name,
+                        ", ".join(ours.task.columns),
+                        *(f"{rate:g}", f"{theirs.task.arguments['epochs']:g}", percent(float(np.mean(long)))),
+                        *(str(len(long)), f"{ours.learning_rates[0]:g}", f"{ours.task.arguments['epochs']:g}"),
+                        *(percent(short.mean), str(len(short.values))),
+                        f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}"),
+                    ]
+                )
+    body = ["No run yet." if len(rows) == 1 else table(rows, 2), ""]
+    return document(ONE_EPOCH_TITLE, context, ONE_EPOCH, cells, body)
 
 
 def _by_method(cells: Iterable[Cell], model: str) -> dict[str, dict[str, Cell]]:

@@ -54,7 +54,7 @@ CONFIGS = HERE / "configs"
 class ReproduceArguments:
     table: list[int] = field(default_factory=list, metadata={"help": "Tables of the paper: 1, 2, 3."})
     figure: list[int] = field(default_factory=list, metadata={"help": "Figures of the paper: 1, 2."})
-    study: list[str] = field(default_factory=list, metadata={"help": "defaults, generalization_gap, pos."})
+    study: list[str] = field(default_factory=list, metadata={"help": "defaults, one_epoch, generalization_gap, pos."})
     config: str = field(
         default="minilm_cpu",
         metadata={"help": "A study config: a name in recipes/reproduction/configs, or a file."},
@@ -91,7 +91,7 @@ def asked_studies(args: ReproduceArguments) -> list[str]:
     asked = [f"table{number}" for number in args.table] + [f"figure{number}" for number in args.figure] + args.study
     if not asked:
         raise SystemExit(
-            "Say what to reproduce: --table 1|2|3, --figure 1|2, --study defaults|generalization_gap|pos."
+            "Say what to reproduce: --table 1|2|3, --figure 1|2, --study defaults|one_epoch|generalization_gap|pos."
         )
     return list(dict.fromkeys(asked))
 
@@ -163,6 +163,8 @@ def render(studies: list[str], config: StudyConfig, context: Context, folder: Pa
         cells = expand(config, [study])
         if study == defaults.STUDY:
             documents = defaults.render_defaults(cells, context)
+        elif study == defaults.ONE_EPOCH:
+            documents = {f"{study}.md": defaults.render_one_epoch(cells, context).encode()}
         elif study in TITLES:
             documents = {f"{study}.md": render_table(study, cells, context).encode()}
         else:

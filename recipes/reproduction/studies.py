@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-STUDIES = ("defaults", "table1", "table2", "table3", "figure1", "figure2", "generalization_gap", "pos")
+STUDIES = ("defaults", "one_epoch", "table1", "table2", "table3", "figure1", "figure2", "generalization_gap", "pos")
 SCORES = ("best", "final")
 
 

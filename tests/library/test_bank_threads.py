@@ -130,7 +130,7 @@ class World:
             assert sorted(taken + site._free) == list(range(1, site._next))
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_tasks_come_and_go_while_eight_threads_ask(tmp_path, seconds):
     world = World(tmp_path)
     world.run(seconds)
@@ -139,7 +139,7 @@ def test_tasks_come_and_go_while_eight_threads_ask(tmp_path, seconds):
     world.check_at_rest()
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(15, marks=pytest.mark.slow)])
 def test_tasks_are_dropped_and_read_again_while_eight_threads_ask(tmp_path, seconds):
     world = World(tmp_path, max_tasks=9)  # a batch asks for up to eight
     world.run(seconds, changing=False)

@@ -10,12 +10,20 @@ import torch
 from architectures import ARCHITECTURES, build
 from peft import get_peft_model
 from trainer_tester import WAYS, WRAPPED, Recorder, fresh, prepared, same, trainer_for, tuned
+from transformers import BertConfig, CLIPConfig, GPT2Config
 from tuner_tester import config_for
 
-from bitfit_hf import BitFitCallback, BitFitConfig, ConfigError, OptimizerError, UnknownTermError, optimizer_groups
-from bitfit_hf.cli.train import settings
+from bitfit_hf import (
+    BitFitCallback,
+    BitFitConfig,
+    ConfigError,
+    OptimizerError,
+    UnknownTermError,
+    optimizer_groups,
+    recommended_learning_rate,
+)
 from bitfit_hf.terms import TERMS
-from bitfit_hf.trainer.rates import DEFAULT_SCALE, LEARNING_RATE, describe_scale, term_scale
+from bitfit_hf.trainer.rates import DEFAULT_SCALE, describe_scale, term_scale
 
 RATE = 1e-2
 INSIDE = ("query", "key", "value", "intermediate")
@@ -173,8 +181,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     assert len({group["lr"] for group in again.optimizer.param_groups}) <= 2
 
 
-def test_one_rate_is_recommended():
-    assert settings.LEARNING_RATE == LEARNING_RATE
+@pytest.mark.parametrize(
+    ("width", "rate"), [(1024, 1e-3), (768, 1e-3), (512, 1.5e-3), (384, 2e-3), (32, 2e-3), (0, 1e-3)]
+)
+def test_narrow_models_have_a_larger_rate(width: int, rate: float):
+    for kind in (BertConfig(hidden_size=width), GPT2Config(n_embd=width)):
+        assert recommended_learning_rate(kind) == pytest.approx(rate)
+
+
+def test_the_width_is_that_of_the_text_and_may_be_unknown():
+    clip = CLIPConfig(text_config={"hidden_size": 512, "num_attention_heads": 8}, vision_config={"hidden_size": 96})
+    assert recommended_learning_rate(clip) == pytest.approx(1.5e-3)
+    assert recommended_learning_rate(prepared(WRAPPED)) == 2e-3
+    assert recommended_learning_rate(torch.nn.Linear(2, 2)) == 1e-3
 
 
 def test_a_run_is_resumed_with_its_rates_only(tmp_path):

@@ -101,6 +101,29 @@ def test_times_to_a_score(study):
     assert curves["bitfit_default"].first_epoch(curves["bitfit"].scores[-1]) == 1.0
 
 
+def test_one_epoch_against_several(study):
+    path, context, _ = study
+    values = yaml.safe_load(path.read_text())
+    for name, epochs in (("quick", 3), ("quick_1", 1)):
+        task = {**values["tasks"]["quick"], "arguments": {"dev_halves": True, "epochs": epochs}}
+        values["tasks"][name] = task
+    values["studies"]["one_epoch"] = [
+        {"tasks": ["quick"], "methods": ["bitfit"], "seeds": [0, 1]},
+        {"tasks": ["quick_1"], "methods": ["bitfit_default"], "seeds": [0, 1]},
+    ]
+    path.write_text(yaml.safe_dump(values))
+    options = ["--study", "one_epoch", "--config", str(path), "--results_dir", str(context.store.folder.parent)]
+    reproduce.main([*options, "--render_only"])
+    assert "No run yet." in (context.store.folder / "one_epoch.md").read_text()
+    for cell in plan.expand(studies.read_config(path), ["one_epoch"]):
+        for run in [*cell.grid(), cell.run(1e-3, 1)]:
+            context.store.put(run, stored(cell.method.name, run.learning_rate, run.seed), 60.0)
+    reproduce.main([*options, "--render_only"])
+    text = (context.store.folder / "one_epoch.md").read_text()
+    assert "| Tiny | RTE | 0.0001 | 3 | 85.0 | 1 | 0.001 | 1 | 88.5 | 2 | +3.5 |" in text
+    assert "| Tiny | RTE | 0.001 | 3 | 80.5 | 2 | 0.001 | 1 | 88.5 | 2 | +8.0 ± 0.7 |" in text
+
+
 def test_runs_without_times_have_no_curve(study):
     _, context, cells = study
     record = stored("lora", 1e-3, 0)

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...config import BitFitConfig
 from ...errors import MissingDependencyError, OutputError
 from ...hub.contents import draw_change
 from ...tables.encoding import longest_input
+from ...trainer import recommended_learning_rate
 from ..checkpoints import check_output, new_folder
 from ..tables import columns
 from ..text import wrapped
@@ -79,6 +80,8 @@ def perform(
     _let_libraries_warn(only=is_first())
     task = read_task(wanted, eval_share=settings.eval_share, seed=settings.seed)
     base = read_base(base_name, task.problem, revision=revision, token=token)
+    if settings.learning_rate is None:
+        settings = replace(settings, learning_rate=recommended_learning_rate(base.config))
     length = longest_input(base.tokenizer, base.config, settings.max_length)
     run = Run(task, base, settings, config, output.card or {}, _scratch(folder), narrator, length)
     plan = Plan(task, base, settings, length, run.train.cut, str(output.folder))

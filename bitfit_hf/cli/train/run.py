@@ -161,7 +161,7 @@ class Run:
             tensor.requires_grad_(tensor.is_floating_point())
         trainer, keep = self._trainer(model, "frozen", "Frozen body", [], best=False)
         # The head learns as fast as it does beside the biases.
-        rate = self.settings.learning_rate * term_scale(self.settings.lr_scale)[HEAD]
+        rate = trainer.args.learning_rate * term_scale(self.settings.lr_scale)[HEAD]
         trainer.args.learning_rate = self.settings.head_learning_rate or rate
         outcome = self._train(trainer, keep)
         entries = [entry for entry in trainer.state.log_history if f"eval_{self.metric}" in entry]

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError
 
-# With the callback's scale by term and no dropout; `trainer/rates.py` has the same number, and its evidence. Here it
-# stands once more because the help is shown without importing torch.
-LEARNING_RATE = 2e-3
 BATCH_SIZE = 16
 EVAL_BATCH_SIZE = 64
 WARMUP = 0.06  # share of the updates
@@ -29,7 +26,8 @@ class Settings:
     How to train, as the user says.
 
     Args:
-        learning_rate (`float`): Of the biases, before the scale by term.
+        learning_rate (`float`, *optional*): Of the biases, before the scale by term; by default what
+            [`~bitfit_hf.recommended_learning_rate`] says of the base.
         head_learning_rate (`float`, *optional*): Of the head; by default the scale says.
         lr_scale (`str`): `"default"`, or `"uniform"` for the paper's one rate.
         dropout (`bool`): Whether the base's own dropout is in force.
@@ -45,7 +43,7 @@ class Settings:
         precision (`str`, *optional*): `"fp32"`, `"bf16"` or `"fp16"`; by default bf16 on accelerators that have it.
     """
 
-    learning_rate: float = LEARNING_RATE
+    learning_rate: float | None = None
     head_learning_rate: float | None = None
     lr_scale: str = "default"
     dropout: bool = False

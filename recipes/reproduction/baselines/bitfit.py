@@ -70,7 +70,7 @@ class BitFitDefault(BitFit):
         seed (`int`, *optional*): Unused: the deltas start at zero.
     """
 
-    learning_rates = (LEARNING_RATE,)
+    learning_rates = (LEARNING_RATE, 2 * LEARNING_RATE)  # one of them, by the width of the model
     lr_scale = "default"
     dropout = False
 
