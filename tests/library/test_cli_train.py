@@ -109,6 +109,24 @@ def test_the_folder_holds_a_delta_its_card_its_picture_and_its_figures(trained: 
     assert delta.config.id2label == {0: "down", 1: "up"}
 
 
+def test_how_it_trains_is_recommended_unless_somebody_says_otherwise(
+    run: Run, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    def used(folder: Path) -> dict[str, Any]:
+        values = json.loads((folder / "adapter_config.json").read_text())["run"]["hyperparameters"]
+        return {name: values[name] for name in ("learning_rate", "lr_scale", "dropout")}
+
+    scale = "b_q, b_k, b_v, b_m2, head × 3"
+    assert used(trained) == {"learning_rate": 0.02, "lr_scale": scale, "dropout": "none"}
+    table = reviews(tmp_path / "reviews.csv", 16)
+    options = ("--epochs", 1, "--no-baseline", "-q")
+    run("train", table, "--base", base, "-o", tmp_path / "narrow", *options)
+    assert used(tmp_path / "narrow") == {"learning_rate": 2e-3, "lr_scale": scale, "dropout": "none"}
+    run("train", table, "--base", base, "-o", tmp_path / "papers", *options, "--rates", "uniform", "--dropout")
+    expected = {"learning_rate": 2e-3, "lr_scale": "uniform", "dropout": "the model's own"}
+    assert used(tmp_path / "papers") == expected
+
+
 def test_the_figures_are_those_of_the_saved_delta(run: Run, trained: Path, tmp_path: Path) -> None:
     told = json.loads((trained / "evaluation.json").read_text())
     assert told["rows"] == {"train": 48, "evaluation": 12, "skipped": 0}
