@@ -141,6 +141,15 @@ def runs_at(cell: Cell, store: RunStore, learning_rate: float) -> list[StoredRun
     return [stored for stored in found if stored is not None]
 
 
+def values_at(
+    cell: Cell, store: RunStore, learning_rate: float, metric: str | None = None, which: str = "best"
+) -> tuple[float, ...]:
+    """What a table shows of a cell at one learning rate, by seed, from 0 to 1; see [`summarize`]."""
+    unit = 0.01 if cell.task.in_percent else 1.0
+    name = reported(cell.task, metric or cell.task.metric)
+    return tuple(unit * score(stored, name, which) for stored in runs_at(cell, store, learning_rate))
+
+
 def summarize(cell: Cell, store: RunStore, metric: str | None = None, which: str = "best") -> Summary:
     """The figure of one cell: mean and deviation over the seeds at the chosen learning rate.
 
@@ -152,9 +161,7 @@ def summarize(cell: Cell, store: RunStore, metric: str | None = None, which: str
     """
     metric = metric or cell.task.metric
     choice = choose(cell, store, which)
-    unit = 0.01 if cell.task.in_percent else 1.0
-    runs = [] if choice is None else runs_at(cell, store, choice.learning_rate)
-    values = tuple(unit * score(stored, reported(cell.task, metric), which) for stored in runs)
+    values = () if choice is None else values_at(cell, store, choice.learning_rate, metric, which)
     missing, waiting = missing_runs(cell, store, which)
     return Summary(cell, metric, values, choice, cell.size - len(missing) - waiting, cell.size)
 

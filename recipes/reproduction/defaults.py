@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import aggregate, paper
-from .aggregate import choose, reported, runs_at, summarize
+from . import paper
+from .aggregate import choose, reported, runs_at, summarize, values_at
 from .claims import standard_error
 from .figures import COLORS, as_png, new_axes, shared_legend
 from .markdown import Context, document, percent, table
@@ -127,13 +127,9 @@ def render_one_epoch(cells: Sequence[Cell], context: Context) -> str:
             if theirs.method.name == OURS or (theirs.model, theirs.task.columns) != (ours.model, ours.task.columns):
                 continue
             for rate in theirs.learning_rates:
-                metric = reported(theirs.task, theirs.task.metric)
-                long = [
-                    aggregate.score(stored, metric, context.score) for stored in runs_at(theirs, context.store, rate)
-                ]
+                long = values_at(theirs, context.store, rate, which=context.score)
                 if not long or not short.values:
                     continue
-                difference, error = np.mean(short.values) - np.mean(long), standard_error(short.values, long)
                 rows.append(
                     [
                         ours.model.name,
@@ -141,11 +137,19 @@ def render_one_epoch(cells: Sequence[Cell], context: Context) -> str:
                         *(f"{rate:g}", f"{theirs.task.arguments['epochs']:g}", percent(float(np.mean(long)))),
                         *(str(len(long)), f"{ours.learning_rates[0]:g}", f"{ours.task.arguments['epochs']:g}"),
                         *(percent(short.mean), str(len(short.values))),
-                        f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}"),
+                        _difference(short.values, long)[0],
                     ]
                 )
     body = ["No run yet." if len(rows) == 1 else table(rows, 2), ""]
     return document(ONE_EPOCH_TITLE, context, ONE_EPOCH, cells, body)
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> tuple[str, float, float | None]:
+    """How far our mean over the seeds is above theirs: as a table shows it, and in points with its standard error."""
+    difference, error = 100 * float(np.mean(ours) - np.mean(theirs)), standard_error(ours, theirs)
+    if error is None:
+        return f"{difference:+.1f}", difference, None
+    return f"{difference:+.1f} ± {100 * error:.1f}", difference, 100 * error
 
 
 def _by_method(cells: Iterable[Cell], model: str) -> dict[str, dict[str, Cell]]:
@@ -179,11 +183,11 @@ def _differences(cells: Sequence[Cell], context: Context) -> list[str]:
                     row.append("–")
                     continue
                 ours, theirs = (summary.values for summary in found if summary is not None)
-                difference, error = 100 * float(np.mean(ours) - np.mean(theirs)), standard_error(ours, theirs)
-                row.append(f"{difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}"))
+                told, difference, error = _difference(ours, theirs)
+                row.append(told)
                 differences.append(difference)
                 errors.append(error)
-            known = [100 * error for error in errors if error is not None]
+            known = [error for error in errors if error is not None]
             mean = f"{float(np.mean(differences)):+.1f}" if differences else "–"
             if differences and len(known) == len(differences):
                 mean += f" ± {math.sqrt(sum(error**2 for error in known)) / len(known):.1f}"

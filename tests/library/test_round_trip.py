@@ -109,9 +109,9 @@ def some(case: int) -> list[tuple[str, str]]:
 
 def the_others(case: int) -> list[tuple[str, str]]:
     """All other savings and ways of loading: with [`some`] every cell is filled, and none twice."""
-    name, making = CASES[case]
+    (name, making), done = CASES[case], some(case)
     every = [(saving, loading) for saving in savings(making) for loading in loadings(TASKS[name], saving)]
-    return [pair for pair in every if pair not in some(case)]
+    return [pair for pair in every if pair not in done]
 
 
 EACH_CASE = pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(case) for case in CASES])
